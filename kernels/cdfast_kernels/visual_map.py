@@ -1,0 +1,150 @@
+"""VisualMap: a head-averaged attention map on the visual columns, stored in key tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdfast_kernels.errors import bad_argument
+from cdfast_kernels.layout import MAP_TILE, VisualLayout
+
+# fp16 storage keeps probabilities times this: 1.0 is still in range, and values down to 2^-39
+# (subnormal) stay distinct from 0.
+FP16_SCALE = 2.0**15
+
+# Storage dtype of a map by the dtype of the q it was made from.
+MAP_DTYPE = {
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.float16,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VisualMap:
+    """S[b, i, v], the mean over heads of the probability that row i gives to visual key v.
+
+    Only key tiles of MAP_TILE columns that hold a visual key of the sample are stored; entries that
+    are not visible or not visual are 0. Maps carry no gradient.
+
+    Attributes:
+        data: (B, N, slots * MAP_TILE), packed (total, slots * MAP_TILE). float16 times FP16_SCALE,
+            float32 or float64. Slot c of sample b is key tile layout.slot_tiles[b, c].
+        layout: the layout the map was made with.
+    """
+
+    data: Tensor
+    layout: VisualLayout
+
+    def __post_init__(self) -> None:
+        expected = (*self.layout.shape, self.layout.num_slots * MAP_TILE)
+        assert tuple(self.data.shape) == expected, (tuple(self.data.shape), expected)
+        assert self.data.dtype in MAP_DTYPE.values(), self.data.dtype
+        assert not self.data.requires_grad
+
+    @classmethod
+    def mean(cls, maps: Iterable[VisualMap]) -> VisualMap:
+        """The mean of maps of one layout: (1 / n) sum_l S_l, accumulated in float32 or wider.
+
+        Args:
+            maps: at least one VisualMap, all with the same layout, dtype and device.
+
+        Returns:
+            A VisualMap with the storage dtype of its arguments.
+
+        Raises:
+            ValueError: `maps` is empty, or the maps differ in layout, dtype or device.
+
+        Source: the teacher window of group matching, CompoDistill, loss L_ADL.
+        """
+        expected, remedy = "a list of VisualMaps", "Pass the maps of at least one teacher layer."
+        if not isinstance(maps, Iterable):
+            raise bad_argument("maps", expected, maps, remedy)
+        maps = list(maps)
+        if not maps:
+            raise bad_argument("maps", expected, "an empty list", remedy)
+        for i, item in enumerate(maps):
+            _check_same(f"maps[{i}]", item, maps[0])
+        # Widened before the sum: adding in fp16 would lose 20 times the rounding of one store.
+        total = maps[0].data.to(_wide(maps[0].dtype), copy=True)
+        for item in maps[1:]:
+            total += item.data
+        return cls((total / len(maps)).to(maps[0].dtype), maps[0].layout)
+
+    @classmethod
+    def from_batch(cls, dense: Tensor, layout: VisualLayout, dtype: torch.dtype) -> VisualMap:
+        """Store a (samples, length, length) map that is 0 outside visible visual entries."""
+        column = layout.map_columns()
+        index = column.clamp(min=0)[:, None, :].expand(-1, layout.length, -1)
+        tiles = dense.detach().gather(2, index).masked_fill((column < 0)[:, None, :], 0)
+        if dtype == torch.float16:
+            tiles = tiles * FP16_SCALE
+        return cls(layout.from_batch(tiles.to(dtype)), layout)
+
+    def to_batch(self, dtype: torch.dtype) -> Tensor:
+        """The map as (samples, length, length), in `dtype` (float32 or float64)."""
+        layout = self.layout
+        tiles = layout.to_batch(self.data).to(dtype)
+        if self.dtype == torch.float16:
+            tiles = tiles / FP16_SCALE
+        tiles = tiles.masked_fill(~layout.live[:, :, None], 0)
+        # Columns that are no token of the sample go to one extra column, which is cut off.
+        column = layout.map_columns()
+        index = column.masked_fill(column < 0, layout.length)[:, None, :].expand_as(tiles)
+        dense = tiles.new_zeros(layout.num_samples, layout.length, layout.length + 1)
+        return dense.scatter_(2, index, tiles)[:, :, : layout.length]
+
+    def to_dense(self) -> Tensor | list[Tensor]:
+        """The map on all keys, 0 outside visible visual entries.
+
+        Returns:
+            (B, N, N); packed: a list of S tensors (n, n). float32 (float64 for a float64 map).
+        """
+        dense = self.to_batch(_wide(self.dtype))
+        if not self.layout.is_packed:
+            return dense.contiguous()
+        lengths = self.layout.live.sum(1).tolist()
+        return [dense[s, :n, :n].clone() for s, n in enumerate(lengths)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> VisualMap:
+        """This map on `device` (itself if it is there already)."""
+        layout = self.layout.to(device, non_blocking)
+        if layout is self.layout:
+            return self
+        return VisualMap(self.data.to(device, non_blocking=non_blocking), layout)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage dtype; float16 entries are scaled by FP16_SCALE."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"VisualMap(data={tuple(self.data.shape)} {dtype}, layout={self.layout!r})"
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_same(name: str, item: VisualMap, first: VisualMap) -> None:
+    if not isinstance(item, VisualMap):
+        remedy = "Make maps with visual_attention_map."
+        raise bad_argument(name, "a VisualMap", item, remedy)
+    if item.device != first.device:
+        remedy = "Move the maps to one device with .to(device)."
+        raise bad_argument(name, f"a map on {first.device}", f"one on {item.device}", remedy)
+    if item.dtype != first.dtype:
+        remedy = "Make all maps of a window from q of one dtype."
+        raise bad_argument(name, f"storage {first.dtype}", f"{item.dtype}", remedy)
+    if item.layout != first.layout:
+        remedy = "Average maps of the same batch only."
+        raise bad_argument(name, f"{first.layout!r}", f"another layout, {item.layout!r}", remedy)
