@@ -128,7 +128,7 @@ def _draw_pair(
     return pair
 
 
-def turns_mix(mix: Mapping[str, int] | Sequence[int]) -> dict[str, int]:
+def normalise_mix(mix: Mapping[str, int] | Sequence[int]) -> dict[str, int]:
     """Numbers of turns per image by kind, from a mapping or six numbers in `TURN_KINDS` order."""
     if isinstance(mix, Mapping):
         unknown = set(mix) - set(TURN_KINDS)

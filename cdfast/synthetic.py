@@ -1,0 +1,313 @@
+"""The embedded miniature: a training set of toy scenes, its processor, its teacher and students.
+
+`SceneDataset` feeds the same path as real data; `teacher_path()` is the checkpoint that comes with
+the package (made by `python -m cdfast.build_miniature`), and `make_student` writes an untrained
+student beside it. Source of the question kinds: SugarCrepe (arXiv 2306.14610).
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from cdfast.encoding import Sample
+from cdfast.questions import TURN_KINDS, Turn, draw_turns, normalise_mix
+from cdfast.scenes import (
+    COLOURS,
+    COLUMNS,
+    IMAGE_SIZE,
+    RELATIONS,
+    ROWS,
+    SHAPES,
+    SPLITS,
+    Scene,
+    SceneKey,
+    draw_scene,
+    render,
+    scene_key,
+    split_of,
+)
+
+__all__ = [
+    "TURN_KINDS",
+    "SceneDataset",
+    "check_disjoint",
+    "init_miniature_weights",
+    "make_processor",
+    "make_student",
+    "miniature_configs",
+    "scene_key",
+    "split_of",
+    "teacher_path",
+]
+
+PATCH_SIZE = 8
+VISUAL_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+MAX_POSITIONS = 512
+WIDTH = 96
+HEADS = 6
+TEACHER_LAYERS = 6
+STUDENT_LAYERS = 4
+VISION_WIDTH = 64
+EMBEDDING_STD = 0.6
+LM_HEAD_STD = 0.02
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<image>", "<eos>", "<unk>")
+FUNCTION_WORDS = (
+    *("A", "B", "yes", "no", "0", "1", "2", "3", "4", "Q", "ans", "?", ":", ",", "and", "to"),
+    *("which", "fits", "true", "is", "there", "what", "colour", "shape", "how", "many"),
+    *("objects", "list", "where"),
+)
+VOCABULARY = (*SPECIAL_TOKENS, *COLOURS, *SHAPES, *RELATIONS, *ROWS, *COLUMNS, *FUNCTION_WORDS)
+
+# One turn renders as `<bos> <image> Q question ans answer <eos>`.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- set parts = [{'type': 'text', 'text': message['content']}]
+        if message['content'] is string else message['content'] -%}
+  {%- if message['role'] == 'user' -%}
+    {%- for part in parts if part['type'] == 'image' -%}{{- ' <image>' -}}{%- endfor -%}
+    {{- ' Q' -}}
+    {%- for part in parts if part['type'] == 'text' -%}{{- ' ' + part['text'] -}}{%- endfor -%}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- ' ans' -}}
+    {%- for part in parts if part['type'] == 'text' -%}{{- ' ' + part['text'] -}}{%- endfor -%}
+    {{- ' ' + eos_token -}}
+  {%- else -%}
+    {{- raise_exception('role: expected user or assistant, got ' + message['role']) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' ans' -}}{%- endif -%}
+"""
+
+
+class SceneDataset(Dataset[Sample]):
+    """Toy scenes with several questions each; item i depends on (split, seed, i) alone.
+
+    Args:
+        split: "train", "validation" or "test"; no scene is in two of them.
+        seed: another seed draws other scenes of the same split.
+        size: number of scenes.
+        turns_mix: turns per scene by kind, a mapping or six numbers in `TURN_KINDS` order
+            (list, vqa, loc, rel, verify, ab).
+        cr_weights: relative frequency of the caption kinds in verify and ab turns.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        size: int = 4480,
+        turns_mix: Mapping[str, int] | Sequence[int] = (0, 2, 1, 1, 3, 2),
+        cr_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+        if size < 1:
+            raise ValueError(f"size: expected at least 1, got {size}")
+        self.split = split
+        self.seed = seed
+        self.size = size
+        self.turns_mix = normalise_mix(turns_mix)
+        self.cr_weights = cr_weights
+
+    def __len__(self) -> int:
+        return self.size
+
+    def draw(self, index: int) -> tuple[Scene, list[Turn]]:
+        """The scene and the (question, answer) turns of item `index`."""
+        if not -self.size <= index < self.size:
+            raise IndexError(f"index: expected one of {self.size} items, got {index}")
+        rng = random.Random(f"{self.split}/{self.seed}/{index % self.size}")
+        scene = draw_scene(rng, self.split)
+        return scene, draw_turns(scene, self.turns_mix, rng, self.cr_weights)
+
+    def __getitem__(self, index: int) -> Sample:
+        scene, turns = self.draw(index)
+        source = f"miniature {self.split}, seed {self.seed}, scene {index}"
+        return Sample(turns_as_messages(turns), (render(scene),), source)
+
+    def scene_keys(self) -> set[SceneKey]:
+        """The keys of all scenes, without rendering them."""
+        return {scene_key(self.draw(index)[0]) for index in range(self.size)}
+
+
+def turns_as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Chat messages of the turns; the image is in the first one."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        content: list[dict[str, str]] = [{"type": "text", "text": question}]
+        if not messages:
+            content.insert(0, {"type": "image"})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def check_disjoint(evaluation: Iterable[SceneKey], training: Iterable[SceneKey]) -> None:
+    """Raise ValueError if an evaluation scene is also a training scene."""
+    shared = set(evaluation) & set(training)
+    if shared:
+        raise ValueError(
+            f"{len(shared)} evaluation scenes are training scenes, for example {min(shared)}: "
+            "draw the training set from split='train'"
+        )
+
+
+def make_processor() -> LlavaProcessor:
+    """A word-level tokenizer, a 48x48 image processor and the chat template, as one processor."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    words = {word: index for index, word in enumerate(VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=MAX_POSITIONS,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+    image_processor = SiglipImageProcessorPil(
+        do_resize=True,
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        do_convert_rgb=True,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def miniature_configs() -> tuple[LlavaConfig, Qwen2Config]:
+    """The teacher's configuration (96 wide, 6 layers) and the student's text configuration (4)."""
+    vision = SiglipVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=2 * VISION_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        vision_use_head=False,
+    )
+    return _llava_config(vision, _text_config(TEACHER_LAYERS)), _text_config(STUDENT_LAYERS)
+
+
+def _text_config(layers: int) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        pad_token_id=VOCABULARY.index("<pad>"),
+        bos_token_id=VOCABULARY.index("<bos>"),
+        eos_token_id=VOCABULARY.index("<eos>"),
+    )
+
+
+def _llava_config(vision: SiglipVisionConfig, text: Qwen2Config) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        # `image_token_id` is this field's other name.
+        image_token_index=VOCABULARY.index("<image>"),
+        image_seq_length=VISUAL_TOKENS,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+
+
+@torch.no_grad()
+def init_miniature_weights(model: nn.Module, seed: int) -> None:
+    """Initialise the language model and the adapter in place; the vision tower is left as it is.
+
+    Matrices get std 1/sqrt(fan_in), half of it where they write to the residual stream, embeddings
+    0.6 and the output head 0.02: the usual 0.02 is too small for 96 wide layers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "vision_tower" in name:
+            continue
+        if parameter.dim() < 2:
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+            continue
+        std = 1 / math.sqrt(parameter.shape[1])
+        if "embed_tokens" in name:
+            std = EMBEDDING_STD
+        elif "lm_head" in name:
+            std = LM_HEAD_STD
+        elif "o_proj" in name or "down_proj" in name:
+            std /= 2
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def build_miniature_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
+    """A float32 model with `init_miniature_weights`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).float()
+    init_miniature_weights(model, seed)
+    return model
+
+
+def assets_path() -> Path:
+    """The folder of the shipped miniature."""
+    return Path(str(importlib.resources.files("cdfast") / "assets" / "miniature"))
+
+
+def teacher_path() -> Path:
+    """The shipped teacher: model and processor, for `from_pretrained`."""
+    return assets_path() / "teacher"
+
+
+def make_student(directory: str | Path, seed: int = 0) -> Path:
+    """Write an untrained student with the teacher's vision tower and processor; return its path.
+
+    Args:
+        directory: created if needed; a plain LLaVA checkpoint for `from_pretrained`.
+        seed: of the student's language model and adapter.
+    """
+    directory = Path(directory)
+    teacher = AutoModelForImageTextToText.from_pretrained(teacher_path(), dtype=torch.float32)
+    _, text = miniature_configs()
+    student = build_miniature_model(_llava_config(teacher.config.vision_config, text), seed)
+    student.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
+    student.save_pretrained(directory)
+    AutoProcessor.from_pretrained(teacher_path()).save_pretrained(directory)
+    return directory
