@@ -1,0 +1,668 @@
+"""From a conversation with images to token ids, labels and image tensors.
+
+The answer mask is made from the chat template itself. For every assistant message t the prompt
+render(messages[:t], add_generation_prompt) must be a prefix of render(messages[:t+1]) and of the
+whole text, and the answer must follow it; what is supervised is the answer and the end-of-turn
+token behind it. The processor then replaces each image placeholder by many tokens, so the mask is
+made on the text before this and carried over piece by piece between placeholders.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdfast.images import MAX_PIXELS, DataError, load_image
+
+IGNORE_INDEX = -100
+TURNS = ("dialogue", "independent")
+ROLES = ("system", "user", "assistant")
+# Tokens that may merge with the text a processor puts around an image.
+_EDGE = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation, its images, and where it stands.
+
+    Args:
+        messages: `{"role": "system" | "user" | "assistant", "content": [parts]}`, a part being
+            `{"type": "image"}` or `{"type": "text", "text": ...}`.
+        images: in the order of the image parts: PIL images, uint8 arrays (H, W, 3), bytes,
+            `cdfast.images.ImageFile`, or paths of the caller's own (opened as they are).
+        source: file and record, such as `"llava.json, record 12 (id 000123)"`.
+    """
+
+    messages: list[dict]
+    images: tuple = ()
+    source: str = "sample"
+
+
+class _Template:
+    """A processor's chat template: how it is rendered, and what marks an image in its text."""
+
+    def __init__(self, processor: Any, text: str):
+        self.text = text
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise DataError(
+                source="processor",
+                field="tokenizer",
+                expected="a fast tokenizer, which gives character offsets for the answer mask",
+                got=type(self.tokenizer).__name__,
+                remedy="load it with use_fast=True, or convert it to tokenizer.json",
+                reason="chat template",
+            )
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        special |= set(self.tokenizer.all_special_tokens)
+        longest_first = sorted(special, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        names = ("image_token", "video_token", "audio_token", "boi_token")
+        media = {name: getattr(processor, name, None) for name in names}
+        self.media = {token for token in media.values() if isinstance(token, str) and token}
+        self.parts = True
+        self.image: str | None = None
+        self._probe([media["image_token"], media["boi_token"]])
+        self.image_id = self.tokenizer.convert_tokens_to_ids(self.image) if self.image else None
+
+    def _probe(self, candidates: list[Any]) -> None:
+        """Find whether the template takes lists of parts or strings, and its image placeholder."""
+        text = {"type": "text", "text": "probe"}
+        plain = self._try([{"role": "user", "content": [text]}])
+        self.parts = (
+            plain is not None and "probe" in plain and not re.search("['\"]type['\"]", plain)
+        )
+        if self.parts:
+            shown = self._try([{"role": "user", "content": [{"type": "image"}, text]}]) or ""
+            for token in candidates:
+                if isinstance(token, str) and shown.count(token) > (plain or "").count(token):
+                    self.image = token
+                    return
+        # A template of a text-only model (Qwen, Vicuna) drops or prints image parts: give it
+        # strings with the placeholder in place, as LLaVA does.
+        strings = self._try([{"role": "user", "content": "probe"}])
+        if strings is not None and "probe" in strings:
+            self.parts = False
+            self.image = candidates[0] if isinstance(candidates[0], str) else None
+        elif not self.parts:
+            self._refuse("chat template", "it renders a user message", "it does not show the text")
+
+    def _refuse(self, source: str, expected: str, got: str, remedy: str = "") -> None:
+        raise DataError(
+            source=source,
+            field="chat template",
+            expected=expected,
+            got=got,
+            remedy=remedy
+            or "correct the template, or set processor.chat_template to one that fits",
+            reason="chat template",
+        )
+
+    def _try(self, messages: list[dict]) -> str | None:
+        try:
+            return self._apply(messages, False)
+        except Exception:
+            return None
+
+    def _apply(self, messages: list[dict], prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.text,
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+
+    def render(self, messages: list[dict], source: str, *, prompt: bool = False) -> str:
+        """Return the template's text, with one placeholder for each image."""
+        shown = messages if self.parts else [_as_string(m, self.image) for m in messages]
+        try:
+            return self._apply(shown, prompt)
+        except Exception as error:
+            self._refuse(source, "it renders the conversation", f"{type(error).__name__}: {error}")
+            raise
+
+    def answers(self, messages: list[dict], source: str) -> tuple[str, list[tuple[int, int]]]:
+        """Return the whole text and the character span to supervise for each assistant message."""
+        text = self.render(messages, source)
+        spans = []
+        for t, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            where = f"{source}, message {t}"
+            prompt = self.render(messages[:t], source, prompt=True)
+            last = t + 1 == len(messages)
+            upto = text if last else self.render(messages[: t + 1], source)
+            if not (upto.startswith(prompt) and text.startswith(prompt)):
+                self._refuse(
+                    where,
+                    "the prompt (messages before the answer, add_generation_prompt=True) to be a "
+                    "prefix of the conversation, which is how the answer mask is found",
+                    _difference(prompt, upto if not upto.startswith(prompt) else text),
+                )
+            spans.append(self._span(text, upto, len(prompt), _text(message), where))
+        return text, spans
+
+    def _span(self, text: str, upto: str, start: int, answer: str, where: str) -> tuple[int, int]:
+        begin = start + len(text[start:]) - len(text[start:].lstrip())
+        stop = begin + len(answer.strip())
+        if text[begin:stop] != answer.strip() or upto[begin:stop] != answer.strip():
+            self._refuse(
+                where,
+                "the answer, unchanged, right behind the generation prompt",
+                f"{text[start : start + len(answer) + 20]!r} for the answer {answer!r}",
+            )
+        # What follows belongs to this turn only where it does not depend on the turns after it.
+        rest = text[stop : stop + _common(text[stop:], upto[stop:])]
+        end_of_turn = self.special.search(rest)
+        stop += end_of_turn.end() if end_of_turn else len(rest.rstrip())
+        return begin, stop
+
+
+_templates: weakref.WeakKeyDictionary[Any, _Template] = weakref.WeakKeyDictionary()
+
+
+def _template(processor: Any) -> _Template:
+    """Return the processor's template (or its tokenizer's), examined once."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    text = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if isinstance(text, dict):
+        text = text.get("default")
+    if not text:
+        raise DataError(
+            source="processor",
+            field="chat template",
+            expected="a chat template in the processor or its tokenizer",
+            got="none",
+            remedy="set processor.chat_template, or load the instruction-tuned model's processor",
+            reason="chat template",
+        )
+    known = _templates.get(processor)
+    if known is None or known.text != text:
+        known = _templates[processor] = _Template(processor, text)
+    return known
+
+
+def _text(message: dict) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def _as_string(message: dict, image: str | None) -> dict:
+    """Write a message for a template of strings, with LLaVA's newline between image and text."""
+    out = ""
+    parts = message["content"]
+    for here, part in enumerate(parts):
+        out += str(image) if part["type"] == "image" else part["text"]
+        after = parts[here + 1] if here + 1 < len(parts) else part
+        if after["type"] != part["type"]:
+            out += "\n"
+    return {"role": message["role"], "content": out}
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _difference(prompt: str, text: str) -> str:
+    at = _common(prompt, text)
+    return f"{prompt[at : at + 30]!r} in the prompt but {text[at : at + 30]!r} at character {at}"
+
+
+def _check(sample: Sample, template: _Template) -> None:
+    """Refuse what would put labels or images in the wrong place."""
+
+    def refuse(field: str, expected: str, got: Any, remedy: str) -> None:
+        raise DataError(
+            source=sample.source, field=field, expected=expected, got=got, remedy=remedy
+        )
+
+    images = 0
+    for t, message in enumerate(sample.messages):
+        where = f"messages[{t}]"
+        if message.get("role") not in ROLES:
+            refuse(f"{where}.role", f"one of {', '.join(ROLES)}", message.get("role"), "rename it")
+        if not isinstance(message.get("content"), list):
+            refuse(f"{where}.content", "a list of parts", message.get("content"), "make it a list")
+        for part in message["content"]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image":
+                images += 1
+                if message["role"] != "user":
+                    refuse(where, "images in user messages only", "one elsewhere", "move it")
+            elif kind != "text" or not isinstance(part.get("text"), str):
+                refuse(where, "parts of type 'image', or 'text' with a string", part, "correct it")
+            else:
+                found = [token for token in template.media if token in part["text"]]
+                if found:
+                    refuse(
+                        where,
+                        "text without the processor's own media tokens",
+                        f"{found[0]!r} in {part['text'][:80]!r}",
+                        "use an image part, or remove the token",
+                    )
+        if message["role"] == "assistant" and not _text(message).strip():
+            refuse(where, "an answer", "an empty one", "remove the turn")
+    if images != len(sample.images):
+        refuse("images", f"{images}, one for each image part", len(sample.images), "match them")
+    if images and template.image is None:
+        refuse(
+            "images",
+            "a processor and template with an image placeholder",
+            "a text-only one",
+            "use the model's processor, or a template that shows image parts",
+        )
+    if not any(message["role"] == "assistant" for message in sample.messages):
+        refuse("messages", "an assistant message", "none", "add the answer")
+
+
+def _begins_with_bos(tokenizer: Any, text: str) -> bool:
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def _tokenize(
+    template: _Template, texts: list[str], spans: list[list[tuple[int, int]]]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of texts that still have one placeholder per image."""
+    tokenizer = template.tokenizer
+    batch = tokenizer(
+        texts,
+        add_special_tokens=not _begins_with_bos(tokenizer, texts[0]),
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    out = []
+    for ids, offsets, wanted in zip(batch["input_ids"], batch["offset_mapping"], spans):
+        labels = [IGNORE_INDEX] * len(ids)
+        at = 0
+        for i, (a, b) in enumerate(offsets):
+            while at < len(wanted) and wanted[at][1] <= a:
+                at += 1
+            if at < len(wanted) and a < b and b > wanted[at][0]:
+                labels[i] = ids[i]
+        out.append((ids, labels))
+    return out
+
+
+def _carry_over(
+    ids: list[int], labels: list[int], expanded: list[int], image_id: int | None, source: str
+) -> tuple[list[int], int]:
+    """Carry labels over to the ids in which each placeholder became many tokens.
+
+    Returns:
+        The labels of `expanded`, and the position behind the last image's tokens (0: no image).
+    """
+    cuts = [i for i, token in enumerate(ids) if token == image_id] if image_id is not None else []
+    pieces = [(a + 1, b) for a, b in zip([-1, *cuts], [*cuts, len(ids)])]
+    for edge in range(_EDGE + 1):
+        out = [IGNORE_INDEX] * len(expanded)
+        at, found = 0, True
+        for n, (a, b) in enumerate(pieces):
+            first, last = n == 0, n == len(pieces) - 1
+            supervised = any(label != IGNORE_INDEX for label in labels[a:b])
+            # At an image's edge the processor's own text may have merged with ours.
+            a, b = (a if first else a + edge), (b if last else b - edge)
+            if b <= a or (edge and not supervised and not last):
+                continue
+            begin = _find(expanded, ids[a:b], at, len(expanded), first=first, last=last)
+            if begin is None:
+                found = False
+                break
+            out[begin : begin + b - a] = labels[a:b]
+            at = begin + b - a + (0 if last else 1)
+        kept = sum(label != IGNORE_INDEX for label in out)
+        if found and kept == sum(label != IGNORE_INDEX for label in labels):
+            a, b = pieces[-1]
+            return out, len(expanded) - (b - a) if cuts else 0
+    raise DataError(
+        source=source,
+        field="processor",
+        expected="the same tokens around the images as its tokenizer gives",
+        got="other tokens, so the answers cannot be found",
+        remedy="check that the processor and its tokenizer belong to the same model",
+        reason="chat template",
+    )
+
+
+def _find(
+    ids: list[int], piece: list[int], start: int, stop: int, *, first: bool, last: bool
+) -> int | None:
+    """Position of a piece at or behind start; the first piece begins, the last one ends the ids."""
+    size = len(piece)
+    if first or last:
+        begin = 0 if first else stop - size
+        fits = ids[begin : begin + size] == piece and begin >= start
+        return begin if fits and (not (first and last) or size == stop) else None
+    while True:
+        try:
+            begin = ids.index(piece[0], start, stop)
+        except ValueError:
+            return None
+        if ids[begin : begin + size] == piece:
+            return begin
+        start = begin + 1
+
+
+def _process(
+    processor: Any, template: _Template, text: str, images: list
+) -> tuple[list[int], dict, dict]:
+    """Run the processor once: expanded ids, per-token extras (N,), image tensors."""
+    special = not _begins_with_bos(template.tokenizer, text)
+    if processor is template.tokenizer:
+        data = processor(text=[text], add_special_tokens=special, return_tensors="pt")
+    else:
+        data = processor(
+            text=[text],
+            images=images or None,
+            add_special_tokens=special,
+            return_tensors="pt",
+        )
+    rest = {name: value for name, value in data.items() if isinstance(value, Tensor)}
+    ids = rest.pop("input_ids")
+    rest.pop("attention_mask", None)
+    # Such as mm_token_type_ids: one number per token, which must be cut and padded with the ids.
+    extras = {n: v[0] for n, v in rest.items() if v.shape == ids.shape and n.endswith("_ids")}
+    tensors = {name: value for name, value in rest.items() if name not in extras}
+    return ids[0].tolist(), extras, tensors if images else {}
+
+
+def _single_turns(sample: Sample) -> list[list[dict]]:
+    """Split a sample into conversations of one question each, all with the images of the first."""
+    system = [m for m in sample.messages[:1] if m["role"] == "system"]
+    turns = sample.messages[len(system) :]
+    roles = [m["role"] for m in turns]
+    if len(turns) % 2 or roles != ["user", "assistant"] * (len(turns) // 2):
+        raise DataError(
+            source=sample.source,
+            field="messages",
+            expected="pairs of a user and an assistant message (turns='independent')",
+            got=roles,
+            remedy="use turns='dialogue' for this file",
+        )
+    if any(part["type"] == "image" for m in turns[1:] for part in m["content"]):
+        raise DataError(
+            source=sample.source,
+            field="messages",
+            expected="all images in the first question (turns='independent')",
+            got="an image in a later one",
+            remedy="use turns='dialogue' for this file",
+        )
+    images = [part for part in turns[0]["content"] if part["type"] == "image"]
+    first = [turns[0], turns[1]]
+    later = [
+        [{"role": "user", "content": [*images, *q["content"]]}, a]
+        for q, a in zip(turns[2::2], turns[3::2])
+    ]
+    return [[*system, *turn] for turn in [first, *later]]
+
+
+def _encode_independent(
+    processor: Any, template: _Template, sample: Sample, images: list
+) -> tuple[list[int], list[int], dict, dict, int, list[int]]:
+    rendered = [template.answers(turn, sample.source) for turn in _single_turns(sample)]
+    texts, spans = [text for text, _ in rendered], [span for _, span in rendered]
+    expanded, extras, tensors = _process(processor, template, texts[0], images)
+    turns = _tokenize(template, texts, spans)
+    # The images stand in front, so every turn's text begins with the same tokens.
+    starts = [_behind_last(ids, template.image_id) if images else 0 for ids, _ in turns]
+    shared = turns[0][0][: starts[0]]
+    for n, ((ids, _), start) in enumerate(zip(turns, starts)):
+        if ids[:start] != shared:
+            raise DataError(
+                source=f"{sample.source}, turn {n}",
+                field="messages",
+                expected="the same tokens up to the last image in every turn (turns='independent')",
+                got="other tokens",
+                remedy="put the image in front of the text, or use turns='dialogue'",
+            )
+    _, prefix = _carry_over(
+        *turns[0], expanded, template.image_id if images else None, sample.source
+    )
+    ids, labels, segments = expanded[:prefix], [IGNORE_INDEX] * prefix, [0] * prefix
+    for n, ((turn, turn_labels), start) in enumerate(zip(turns, starts)):
+        ids = ids + turn[start:]
+        labels = labels + turn_labels[start:]
+        segments = segments + [n + 1] * (len(turn) - start)
+    extras = {n: torch.cat([v[:prefix], v.new_zeros(len(ids) - prefix)]) for n, v in extras.items()}
+    return ids, labels, extras, tensors, prefix, segments
+
+
+def _behind_last(ids: list[int], token: int | None) -> int:
+    return max((i + 1 for i, here in enumerate(ids) if here == token), default=0)
+
+
+def _positions(segments: list[int]) -> list[int]:
+    """Positions that start again behind the prefix for every turn."""
+    prefix = segments.count(0)
+    out: list[int] = []
+    previous = 0
+    for i, segment in enumerate(segments):
+        at = i if segment == 0 else prefix if segment != previous else out[-1] + 1
+        out.append(at)
+        previous = segment
+    return out
+
+
+def encode(
+    processor: Any,
+    sample: Sample,
+    *,
+    max_length: int | None = None,
+    turns: str = "dialogue",
+    max_pixels: int | None = MAX_PIXELS,
+) -> dict[str, Any]:
+    """Encode one sample with the model's own processor and chat template.
+
+    With turns="dialogue" the ids are exactly the processor's for the rendered conversation. With
+    turns="independent" each question and answer is a conversation of its own over the same images:
+    the ids are the shared prefix (all up to the last image token) followed by every turn's own
+    tokens, `segment_ids` are 0 for the prefix and 1..T for the turns, and `position_ids` start
+    again behind the prefix, so that a turn sees what it would see alone.
+
+    Args:
+        processor: a Hugging Face processor with a fast tokenizer (or the tokenizer, for text only).
+        sample: the conversation; its last answer may be cut by max_length.
+        max_length: the most tokens to keep; the end is cut, never the image tokens.
+        turns: "dialogue" or "independent".
+        max_pixels: the largest image, checked before it is decoded; None is no limit.
+
+    Returns:
+        `input_ids` (N,) and `labels` (N,), int64, not shifted: the token id on answer tokens and
+        their end-of-turn token, else -100; `images`: the processor's image tensors ({} without
+        images); `extras`: the processor's other per-token tensors, each (N,); `source`; `truncated`
+        (bool); and for independent turns `segment_ids` and `position_ids`, each (N,).
+
+    Raises:
+        DataError: a message, image or template that cannot be used, or nothing left to learn from
+            within max_length.
+        ValueError: `turns` is not one of the two.
+    """
+    if turns not in TURNS:
+        raise ValueError(f"turns: expected one of {TURNS}, got {turns!r}")
+    template = _template(processor)
+    _check(sample, template)
+    images = [
+        load_image(image, sample.source, field=f"images[{n}]", max_pixels=max_pixels)
+        for n, image in enumerate(sample.images)
+    ]
+    segments: list[int] = []
+    if turns == "independent":
+        ids, labels, extras, tensors, prefix, segments = _encode_independent(
+            processor, template, sample, images
+        )
+    else:
+        text, spans = template.answers(sample.messages, sample.source)
+        ids, extras, tensors = _process(processor, template, text, images)
+        [unexpanded] = _tokenize(template, [text], [spans])
+        image_id = template.image_id if images else None
+        labels, prefix = _carry_over(*unexpanded, ids, image_id, sample.source)
+    full = len(ids)
+    length = full if max_length is None else min(full, max_length)
+    labels = labels[:length]
+    if length < prefix or all(label == IGNORE_INDEX for label in labels):
+        raise DataError(
+            source=sample.source,
+            field="messages",
+            expected=f"the images and a part of an answer within max_length={max_length}",
+            got=f"{prefix} tokens up to the last image and {full} in all",
+            remedy="raise max_length, or set on_error='skip' to leave such records out",
+            reason="nothing left within max_length",
+        )
+    out: dict[str, Any] = {
+        "input_ids": torch.tensor(ids[:length]),
+        "labels": torch.tensor(labels),
+        "images": tensors,
+        "extras": {name: value[:length] for name, value in extras.items()},
+        "source": sample.source,
+        "truncated": length < full,
+    }
+    if segments:
+        out["segment_ids"] = torch.tensor(segments[:length])
+        out["position_ids"] = torch.tensor(_positions(segments[:length]))
+    return out
+
+
+def check_answers(processor: Any, sample: Sample, encoded: dict[str, Any]) -> None:
+    """Decode the supervised tokens and compare them with the sample's answers.
+
+    Run on the first sample of a data set: it catches a tokenizer whose offsets do not fit its text.
+    White space and special tokens do not count.
+
+    Args:
+        processor: as given to `encode`.
+        sample: as given to `encode`.
+        encoded: what `encode` returned.
+
+    Raises:
+        DataError: the tokens do not give the answers back.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    def bare(ids: list[int]) -> str:
+        return "".join(tokenizer.decode(ids, skip_special_tokens=True).split())
+
+    labels = encoded["labels"]
+    got = bare(labels[labels != IGNORE_INDEX].tolist())
+    answers = [_text(m) for m in sample.messages if m["role"] == "assistant"]
+    # Through the tokenizer and back, since it may lower the case or drop unknown words.
+    want = "".join(bare(tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers)
+    if not (want.startswith(got) if encoded["truncated"] else want == got):
+        raise DataError(
+            source=sample.source,
+            field="labels",
+            expected=f"tokens that decode to the answers {want[:80]!r}",
+            got=repr(got[:80]),
+            remedy="check that the tokenizer's offsets and the chat template fit the model",
+            reason="chat template",
+        )
+    if not encoded["truncated"] and not _ends_with_special(tokenizer, labels):
+        warnings.warn(
+            f"{sample.source}: the chat template puts no end-of-turn token behind the answer, so "
+            "the model does not learn to stop; set a chat template that does",
+            stacklevel=2,
+        )
+
+
+def _ends_with_special(tokenizer: Any, labels: Tensor) -> bool:
+    last = int(labels[labels != IGNORE_INDEX][-1])
+    added = tokenizer.added_tokens_decoder.get(last)
+    return last in tokenizer.all_special_ids or (added is not None and added.special)
+
+
+def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along dim 0; other dims are padded with zeros at the end to the largest."""
+    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
+    out = tensors[0].new_zeros([sum(len(t) for t in tensors), *shape])
+    at = 0
+    for tensor in tensors:
+        region = (slice(at, at + len(tensor)), *(slice(size) for size in tensor.shape[1:]))
+        out[region] = tensor
+        at += len(tensor)
+    return out
+
+
+class VisionTextCollator:
+    """Pad encoded samples to one batch.
+
+    Args:
+        pad_token_id: what fills `input_ids`; labels are filled with -100, everything else
+            with 0.
+        padding_side: "right" or "left".
+        pad_to_multiple_of: round the length up to a multiple of this.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self, pad_token_id: int, padding_side: str = "right", pad_to_multiple_of: int | None = None
+    ):
+        if pad_token_id is None:
+            raise ValueError(
+                "pad_token_id: expected a token id, got None; set tokenizer.pad_token first"
+            )
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side: expected 'right' or 'left', got {padding_side!r}")
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of: expected at least 1, got {pad_to_multiple_of}")
+        self.pad_token_id = pad_token_id
+        self.padding_side = padding_side
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch.
+
+        Args:
+            samples: what `encode` returned, at least one.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (B, N) int64; the image tensors of all samples
+            concatenated along dim 0 (no such key when no sample has an image); extras, and
+            `segment_ids` and `position_ids` where every sample has them, (B, N); `sample_ids`, the
+            samples' sources.
+
+        Raises:
+            ValueError: no samples.
+        """
+        if not samples:
+            raise ValueError("samples: expected at least one, got none")
+        length = max(len(sample["input_ids"]) for sample in samples)
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+        ids = [sample["input_ids"] for sample in samples]
+        batch: dict[str, Any] = {
+            "input_ids": self._pad(ids, length, self.pad_token_id),
+            "attention_mask": self._pad([torch.ones_like(row) for row in ids], length, 0),
+            "labels": self._pad([sample["labels"] for sample in samples], length, IGNORE_INDEX),
+        }
+        for name in sorted({name for sample in samples for name in sample.get("extras", {})}):
+            rows = [
+                sample.get("extras", {}).get(name, torch.zeros_like(row))
+                for sample, row in zip(samples, ids)
+            ]
+            batch[name] = self._pad(rows, length, 0)
+        if all("segment_ids" in sample for sample in samples):
+            batch["position_ids"] = self._pad([s["position_ids"] for s in samples], length, 0)
+            batch["segment_ids"] = self._pad([s["segment_ids"] for s in samples], length, 0)
+        for name in sorted({name for sample in samples for name in sample["images"]}):
+            batch[name] = _concatenate([s["images"][name] for s in samples if name in s["images"]])
+        batch["sample_ids"] = [sample["source"] for sample in samples]
+        return batch
+
+    def _pad(self, rows: list[Tensor], length: int, value: int) -> Tensor:
+        out = rows[0].new_full((len(rows), length), value)
+        for n, row in enumerate(rows):
+            at = 0 if self.padding_side == "right" else length - len(row)
+            out[n, at : at + len(row)] = row
+        return out
