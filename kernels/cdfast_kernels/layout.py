@@ -44,6 +44,7 @@ class VisualLayout:
         scatter: int64 (total,), packed only: flat place in the batch view of each token.
         num_image_samples: B_img, the number of True entries of `image_samples`.
         is_causal: True if plain causal attention over (B, N) is equivalent.
+        is_prefix_causal: True if it is equivalent on live rows: one segment, padding at the end.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +58,7 @@ class VisualLayout:
     scatter: Tensor | None
     num_image_samples: int
     is_causal: bool
+    is_prefix_causal: bool
     _digest: bytes
 
     @classmethod
@@ -252,6 +254,7 @@ def _build(
     image_samples = visual.any(1)
     highest = segment.amax(1, keepdim=True) if segment.numel() else segment
     one_segment = bool(((segment == 0) | (segment == highest)).all())
+    padded_right = bool((live[:, 1:] <= live[:, :-1]).all())
     content = (live.numpy(), visual.numpy(), segment.numpy())
     digest = hashlib.blake2b(repr((shape, tuple(live.shape))).encode(), digest_size=16)
     for array in content:
@@ -268,6 +271,7 @@ def _build(
         scatter=scatter,
         num_image_samples=int(image_samples.sum()),
         is_causal=gather is None and one_segment and bool(live.all()),
+        is_prefix_causal=gather is None and one_segment and padded_right,
         _digest=digest.digest(),
     )
 
