@@ -1,0 +1,233 @@
+"""What teacher and student share: one frozen vision tower, and the teacher's adapter (TAF).
+
+Source: CompoDistill, "teacher adapter fetch".
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from cdfast.modeling_cdfast_llava import CdfastLlavaConfig, CdfastLlavaForConditionalGeneration
+
+_TOWER_NAMES = ("vision_tower", "visual", "vision_model")
+
+
+def register_taf_classes() -> None:
+    """Let AutoModel load TAF students here, and let their file travel with saved checkpoints."""
+    AutoConfig.register("cdfast_llava", CdfastLlavaConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(
+        CdfastLlavaConfig, CdfastLlavaForConditionalGeneration, exist_ok=True
+    )
+    CdfastLlavaConfig.register_for_auto_class()
+    CdfastLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+
+class SharedVisionTower(nn.Module):
+    """Stands for the vision towers of two models and runs the one frozen tower once per batch.
+
+    The tower itself is no registered child: optimizers, DDP and sharding see no parameters here, yet
+    `state_dict` contains them under the names that a checkpoint of either model expects.
+
+    Attributes:
+        runs: number of forwards of the tower.
+    """
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        tower.requires_grad_(False).eval()
+        self.config = tower.config
+        self._tower = (tower,)  # a tuple hides it from nn.Module's registration
+        self._input: Tensor | None = None
+        self._options: dict[str, Any] = {}
+        self._output: Any = None
+        self.runs = 0
+
+    @property
+    def tower(self) -> nn.Module:
+        return self._tower[0]
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        """Features of the batch; the same tensor again returns what was computed the first time."""
+        if pixel_values is not self._input or options != self._options:
+            with torch.no_grad():
+                self._output = self.tower(pixel_values, **options)
+            self._input, self._options = pixel_values, options
+            self.runs += 1
+        # A copy of the container: LLaVA writes its projected features into what the tower returns.
+        return copy.copy(self._output)
+
+    def train(self, mode: bool = True) -> SharedVisionTower:
+        super().train(mode)
+        self.tower.eval()  # frozen: dropout never runs
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SharedVisionTower:
+        self.tower._apply(fn, recurse)
+        self._input = self._output = None
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.tower.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mine = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        result = self.tower.load_state_dict(mine, strict=False)
+        missing_keys.extend(prefix + k for k in result.missing_keys)
+        if strict:
+            unexpected_keys.extend(prefix + k for k in result.unexpected_keys)
+
+
+def vision_tower(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Module]:
+    """(parent, attribute name, tower) of a vision-language model's vision encoder.
+
+    Raises:
+        ValueError: none found; the message names the model.
+    """
+    for parent in (model.base_model, model):
+        for name in _TOWER_NAMES:
+            tower = getattr(parent, name, None)
+            if isinstance(tower, nn.Module):
+                return parent, name, tower
+    raise ValueError(
+        f"{model.config.model_type}: expected a vision encoder named one of "
+        f"{', '.join(_TOWER_NAMES)}; found none."
+    )
+
+
+def share_vision_tower(teacher: PreTrainedModel, student: PreTrainedModel) -> SharedVisionTower:
+    """Replace both models' vision encoders by one that runs once per batch.
+
+    Raises:
+        ValueError: the encoders differ, in configuration or in a weight that is named.
+    """
+    teacher_parent, teacher_name, theirs = vision_tower(teacher)
+    student_parent, student_name, ours = vision_tower(student)
+    _require_equal_towers(theirs, ours)
+    shared = theirs if isinstance(theirs, SharedVisionTower) else SharedVisionTower(theirs)
+    setattr(teacher_parent, teacher_name, shared)
+    setattr(student_parent, student_name, shared)
+    return shared
+
+
+def _require_equal_towers(theirs: nn.Module, ours: nn.Module) -> None:
+    teacher_state, student_state = theirs.state_dict(), ours.state_dict()
+    differing = sorted(set(teacher_state) ^ set(student_state)) or [
+        name
+        for name, value in teacher_state.items()
+        if value.shape != student_state[name].shape
+        or not torch.equal(value.float().cpu(), student_state[name].float().cpu())
+    ]
+    if differing:
+        raise ValueError(
+            f"vision encoder: expected teacher and student to have the same frozen one; "
+            f"{differing[0]} differs ({len(differing)} in all). Build the student from the teacher's "
+            "encoder, or distil without sharing and without TAF (share_vision_tower=False, taf=False)."
+        )
+
+
+def assemble_student(
+    teacher: PreTrainedModel,
+    language_model: PreTrainedModel,
+    *,
+    taf: bool,
+    student_projector: str = "mlp",
+) -> PreTrainedModel:
+    """A LLaVA student: the teacher's vision encoder and adapter, and its own language model.
+
+    With `taf`, visual tokens are P_s(P_t(z)) with P_t the teacher's adapter (copied, to be kept
+    frozen) and P_s new. Without, the student's projector is new, or its own if it is a LLaVA model.
+
+    Args:
+        teacher: LLaVA model.
+        language_model: a causal language model, or a LLaVA model whose language model is taken.
+        taf: fetch the teacher's adapter.
+        student_projector: P_s: "mlp" or "linear".
+
+    Returns:
+        The student, float dtype of `language_model`.
+
+    Raises:
+        ValueError: the teacher is no LLaVA model, or the student cannot read its image token.
+
+    Source: paper, "teacher adapter fetch".
+    """
+    if teacher.config.model_type not in ("llava", "cdfast_llava"):
+        raise ValueError(
+            f"teacher: expected a LLaVA model (model_type 'llava') to build a student from; got "
+            f"{teacher.config.model_type!r}. For other families give a ready student and taf=False."
+        )
+    is_llava = isinstance(language_model, LlavaForConditionalGeneration)
+    text_config = language_model.config.get_text_config(decoder=True)
+    token = teacher.config.image_token_id
+    if token >= text_config.vocab_size:
+        language_model.resize_token_embeddings(token + 1)
+        text_config = language_model.config.get_text_config(decoder=True)
+
+    if is_llava and not taf:
+        student: PreTrainedModel = language_model
+    else:
+        shared: dict[str, Any] = {
+            name: getattr(teacher.config, name)
+            for name in (
+                "image_token_id",
+                "image_seq_length",
+                "projector_hidden_act",
+                "vision_feature_select_strategy",
+                "vision_feature_layer",
+                "multimodal_projector_bias",
+            )
+        }
+        shared["vision_config"] = copy.deepcopy(teacher.config.vision_config)
+        shared["text_config"] = copy.deepcopy(text_config)
+        shared["tie_word_embeddings"] = language_model.config.tie_word_embeddings
+        if taf:
+            config: LlavaConfig = CdfastLlavaConfig(
+                **shared,
+                teacher_hidden_size=teacher.config.text_config.hidden_size,
+                student_projector=student_projector,
+            )
+            student = CdfastLlavaForConditionalGeneration(config)
+        else:
+            student = LlavaForConditionalGeneration(LlavaConfig(**shared))
+        student = student.to(language_model.dtype)
+        source = language_model.model.language_model if is_llava else language_model.base_model
+        student.model.language_model.load_state_dict(source.state_dict())
+        student.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+        student.tie_weights()
+        student.generation_config = copy.deepcopy(language_model.generation_config)
+    vision_tower(student)[2].load_state_dict(vision_tower(teacher)[2].state_dict())
+    if taf:
+        fetched = teacher.model.multi_modal_projector.state_dict()
+        student.model.multi_modal_projector.teacher.load_state_dict(fetched)
+    return student
+
+
+def set_trainable(student: PreTrainedModel, *, projector: bool, language_model: bool) -> None:
+    """Freeze everything but the named parts; P_t and the vision encoder always stay frozen."""
+    for name, parameter in student.named_parameters():
+        if "multi_modal_projector" in name:
+            parameter.requires_grad_(projector and ".multi_modal_projector.teacher." not in name)
+        elif "language_model" in name or name.startswith("lm_head"):
+            parameter.requires_grad_(language_model)
+        else:
+            parameter.requires_grad_(False)

@@ -1,0 +1,333 @@
+"""VisualAttentionAligner: the seam for any training loop.
+
+Source: CompoDistill, "visual attention alignment"; where the authors' code differs, `official`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from cdfast_kernels import VisualLayout, VisualMap
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cdfast.attention import AlignmentContext, use_cdfast_attention
+from cdfast.matching import (
+    LAYER_RANGES,
+    MATCHINGS,
+    Matches,
+    layers_in_range,
+    match_adaptive,
+    match_group,
+    match_official,
+    match_simple,
+)
+from cdfast.similarity import layer_similarity, model_inputs, num_layers
+
+OBJECTIVES = ("row", "map", "pooled", "mse", "kl")
+PRESETS: dict[str, dict[str, str]] = {
+    "paper": {
+        "matching": "group",
+        "layers": "intermediate",
+        "objective": "row",
+        "layer_reduction": "mean",
+    },
+    "official": {
+        "matching": "group",
+        "layers": "intermediate",
+        "objective": "pooled",
+        "layer_reduction": "sum",
+    },
+}
+
+
+@dataclass(frozen=True)
+class AlignmentTargets:
+    """What the teacher hands to the student: one map per aligned student layer, and the layout."""
+
+    maps: dict[int, VisualMap]
+    layout: VisualLayout
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Alignment loss of one batch.
+
+    Attributes:
+        sum: sum over the batch's samples of the loss, already reduced over matched layers; float32.
+        count: B_img, the number of samples that have a visual token.
+        per_layer: student layer -> sum over samples of that layer's loss, detached.
+    """
+
+    sum: Tensor
+    count: int
+    per_layer: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Tensor:
+        """sum / count; 0, still connected to the graph, for a batch without images."""
+        return self.sum / max(self.count, 1)
+
+
+def build_layout(batch: Mapping[str, Any], image_token_id: int) -> VisualLayout:
+    """Layout of a padded batch: visual tokens are those whose id is the image token's.
+
+    Args:
+        batch: input_ids (B, N); optional attention_mask (B, N), segment_ids (B, N).
+        image_token_id: id of the image placeholder in input_ids.
+    """
+    if "input_ids" not in batch:
+        raise ValueError(
+            f"batch: expected input_ids, in which visual tokens are found by id {image_token_id}; "
+            f"got only {sorted(batch)}. Pass input_ids, or a prebuilt layout=."
+        )
+    visual = batch["input_ids"] == image_token_id
+    mask = batch.get("attention_mask")
+    mask = None if mask is None else mask.bool()
+    if batch.get("segment_ids") is not None:
+        return VisualLayout.from_segments(batch["segment_ids"], visual, mask)
+    return VisualLayout.from_mask(visual, mask)
+
+
+def image_token_id(model: PreTrainedModel) -> int:
+    """Id of the image placeholder token of a vision-language model.
+
+    Raises:
+        ValueError: the configuration names none (a text-only model).
+    """
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(
+        f"{model.config.model_type}: expected image_token_id in the model's configuration, by which "
+        "visual tokens are found; it has none. Visual alignment needs a vision-language model."
+    )
+
+
+class VisualAttentionAligner:
+    """Aligns a student's attention over visual tokens with a teacher's, inside their own forwards.
+
+    For a matched student layer j with teacher window G_j,
+
+        loss_j = D(S_j, mean over l in G_j of T_l),
+
+    with S, T head-mean attention probabilities on visual columns and D the objective of
+    `cdfast_kernels`; the loss of a sample is reduced over the matched layers.
+
+    ```python
+    aligner = VisualAttentionAligner(teacher, student, preset="paper")
+    with torch.no_grad():
+        teacher_out, targets = aligner.teacher_forward(**batch)
+    student_out, alignment = aligner.student_forward(targets, **batch)
+    loss = student_out.loss + alignment.loss
+    ```
+
+    Args:
+        teacher, student: Hugging Face vision-language models that share tokenizer and visual tokens.
+            Their text attention is switched to cdfast's.
+        preset: "paper" (all rows, `row`, intermediate layers, group matching, mean over layers) or
+            "official" (`pooled`, the authors' layer table where it has the depths, else
+            intermediate and group, sum over layers). The arguments below override it.
+        matching: "group", "simple" or "adaptive" (which needs `calibrate` once).
+        layers: "early", "intermediate", "later" or "all".
+        objective: "row", "map", "pooled", "mse" or "kl".
+        layer_reduction: "mean" or "sum" over matched layers.
+        backend: backend of `cdfast_kernels`.
+
+    Raises:
+        ValueError: an unknown option; a model whose text attention is not causal or does not go
+            through AttentionInterface; unequal image tokens.
+
+    Source: paper, section on visual attention alignment; `official`: the authors' code.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        *,
+        preset: str = "paper",
+        matching: str | None = None,
+        layers: str | None = None,
+        objective: str | None = None,
+        layer_reduction: str | None = None,
+        backend: str = "auto",
+    ):
+        if preset not in PRESETS:
+            raise ValueError(
+                f"preset: expected one of {', '.join(PRESETS)}; got {preset!r}. 'paper' follows the "
+                "paper, 'official' its authors' code."
+            )
+        chosen = PRESETS[preset]
+        self.preset = preset
+        self.matching = _option("matching", matching or chosen["matching"], MATCHINGS)
+        self.layers = _option("layers", layers or chosen["layers"], LAYER_RANGES)
+        self.objective = _option("objective", objective or chosen["objective"], OBJECTIVES)
+        self.layer_reduction = _option(
+            "layer_reduction", layer_reduction or chosen["layer_reduction"], ("mean", "sum")
+        )
+        self.backend = backend
+        self.teacher, self.student = teacher, student
+        self.image_token_id = image_token_id(student)
+        if image_token_id(teacher) != self.image_token_id:
+            raise ValueError(
+                f"image_token_id: expected the same id in teacher and student; got "
+                f"{image_token_id(teacher)} and {self.image_token_id}. Teacher and student must see "
+                "the same batch: use one tokenizer for both."
+            )
+        use_cdfast_attention(teacher)
+        use_cdfast_attention(student)
+        self._student_layers = layers_in_range(num_layers(student), self.layers)
+        self._teacher_layers = layers_in_range(num_layers(teacher), self.layers)
+        # The authors' table stands for preset="official" as a whole; naming layers or a matching
+        # replaces it.
+        use_table = preset == "official" and matching is None and layers is None
+        self.matches = self._match(use_table)
+
+    def _match(self, use_table: bool) -> Matches | None:
+        if use_table:
+            table = match_official(num_layers(self.student), num_layers(self.teacher))
+            if table is not None:
+                return table
+        if self.matching == "adaptive":
+            return None  # chosen by `calibrate`
+        match = match_group if self.matching == "group" else match_simple
+        return match(self._student_layers, self._teacher_layers)
+
+    # -- one batch ---------------------------------------------------------------------------
+
+    def layout(self, batch: Mapping[str, Any]) -> VisualLayout:
+        """The batch's layout: its `layout` entry if it has one, else built from its ids and masks.
+
+        Building reads input_ids on the host; a data loader that adds `layout` saves the GPU a
+        synchronisation.
+        """
+        layout = batch.get("layout")
+        return build_layout(batch, self.image_token_id) if layout is None else layout
+
+    def teacher_context(self, layout: VisualLayout) -> AlignmentContext:
+        """Context for a forward of the teacher that collects the maps of every matched layer."""
+        wanted = frozenset(layer for window in self._matches().values() for layer in window)
+        return AlignmentContext(layout, backend=self.backend, map_layers=wanted)
+
+    def targets(self, context: AlignmentContext) -> AlignmentTargets:
+        """Window means of the maps that a teacher forward has collected."""
+        maps = {
+            layer: VisualMap.mean([context.maps[t] for t in window])
+            for layer, window in self._matches().items()
+        }
+        return AlignmentTargets(maps, context.layout)
+
+    def student_context(self, targets: AlignmentTargets) -> AlignmentContext:
+        """Context for a forward of the student that collects the loss of every matched layer."""
+        return AlignmentContext(
+            targets.layout, objective=self.objective, backend=self.backend, targets=targets.maps
+        )
+
+    def alignment(self, context: AlignmentContext) -> Alignment:
+        """Alignment loss of the batch whose student forward has filled `context`."""
+        missing = sorted(set(context.targets) - set(context.losses))
+        if missing:
+            raise RuntimeError(
+                f"layers {missing} of the student returned no alignment loss: expected the model to "
+                "hand unknown keyword arguments on to its attention layers. Is it wrapped in "
+                "something that drops the `alignment` argument?"
+            )
+        losses = torch.stack([context.losses[layer] for layer in sorted(context.losses)])
+        per_sample = losses.sum(0) if self.layer_reduction == "sum" else losses.mean(0)
+        return Alignment(
+            sum=per_sample.sum(),
+            count=context.layout.num_image_samples,
+            per_layer={k: v.detach().sum() for k, v in sorted(context.losses.items())},
+        )
+
+    def teacher_forward(self, **batch: Any) -> tuple[Any, AlignmentTargets]:
+        """Run the teacher. Returns its output and the targets for `student_forward`.
+
+        Call it under `torch.no_grad()`; a batch may carry `segment_ids` or a prebuilt `layout`.
+        """
+        context = self.teacher_context(self.layout(batch))
+        output = self.teacher(**model_inputs(batch), alignment=context, use_cache=False)
+        return output, self.targets(context)
+
+    def student_forward(self, targets: AlignmentTargets, **batch: Any) -> tuple[Any, Alignment]:
+        """Run the student on the batch that `targets` was made from. Returns output and loss.
+
+        Raises:
+            RuntimeError: under reentrant activation checkpointing, which would lose the gradient.
+        """
+        context = self.student_context(targets)
+        output = self.student(**model_inputs(batch), alignment=context, use_cache=False)
+        return output, self.alignment(context)
+
+    # -- adaptive matching ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate(self, **batch: Any) -> Matches:
+        """Choose the matches of `matching="adaptive"` on one batch, once; they are then fixed.
+
+        Source: paper, ablation of the matching ("adaptive").
+        """
+        if self.matching != "adaptive":
+            raise ValueError(
+                f"calibrate: expected matching='adaptive'; got {self.matching!r}, whose layers are "
+                "already fixed."
+            )
+        similarity = layer_similarity(
+            self.teacher,
+            self.student,
+            batch,
+            teacher_layers=self._teacher_layers,
+            student_layers=self._student_layers,
+            layout=self.layout(batch),
+            backend=self.backend,
+        )
+        self.matches = match_adaptive(
+            self._student_layers, self._teacher_layers, similarity.tolist()
+        )
+        return self.matches
+
+    def _matches(self) -> Matches:
+        if self.matches is None:
+            raise RuntimeError(
+                "matching='adaptive' has chosen no layers yet: call aligner.calibrate(**batch) on a "
+                "representative batch first, or load_state_dict from a checkpoint."
+            )
+        return self.matches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Options and matches, as JSON-serialisable values."""
+        matches = self.matches
+        return {
+            "preset": self.preset,
+            "matching": self.matching,
+            "layers": self.layers,
+            "objective": self.objective,
+            "layer_reduction": self.layer_reduction,
+            "matches": None if matches is None else {str(k): list(v) for k, v in matches.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the matches of a checkpoint; every other option must agree with it.
+
+        Raises:
+            ValueError: an option of the checkpoint differs from this aligner's.
+        """
+        for name in ("matching", "layers", "objective", "layer_reduction"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"{name}: expected {getattr(self, name)!r} as configured; the checkpoint has "
+                    f"{state[name]!r}. Resume with the options the run was started with."
+                )
+        matches = state["matches"]
+        self.matches = matches and {int(k): tuple(v) for k, v in matches.items()}
+
+
+def _option(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}.")
+    return value

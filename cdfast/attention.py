@@ -1,0 +1,224 @@
+"""The only seam to Hugging Face attention: what a decoder layer calls while a batch is aligned.
+
+`use_cdfast_attention(model)` selects the function below for the text model alone. Everything a layer
+needs to know about the batch travels as the model keyword argument `alignment=AlignmentContext(...)`:
+global or context-manager state breaks under activation checkpointing, where layers run again during
+the backward pass. Without that argument the model computes stock attention, so it generates and
+evaluates as before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from cdfast_kernels import (
+    VisualLayout,
+    VisualMap,
+    flash_attention,
+    flash_attention_with_alignment,
+    visual_attention_map,
+)
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
+
+ATTENTION_NAME = "cdfast"
+
+# What a layer may ask of attention that the fused op does not compute: refused by name where a
+# layer is aligned, never ignored.
+_UNSUPPORTED_ARGUMENTS = ("softcap", "sliding_window", "position_bias", "s_aux")
+
+
+@dataclass(eq=False)
+class AlignmentContext:
+    """One batch's passage through one model: what its layers need, and what they hand back.
+
+    Args:
+        layout: padding, visual columns and segments of the batch, on the model's device.
+        objective: alignment objective of `cdfast_kernels` (student).
+        backend: backend of `cdfast_kernels` for aligned layers.
+        map_layers: layers whose visual attention map is collected into `maps` (teacher).
+        targets: student layer -> teacher target; such a layer returns its loss into `losses`.
+    """
+
+    layout: VisualLayout
+    objective: str = "row"
+    backend: str = "auto"
+    map_layers: frozenset[int] = frozenset()
+    targets: dict[int, VisualMap] = field(default_factory=dict)
+    maps: dict[int, VisualMap] = field(default_factory=dict, init=False)
+    losses: dict[int, Tensor] = field(default_factory=dict, init=False)
+    with_grad: bool = field(default_factory=torch.is_grad_enabled, init=False)
+    _mask: Tensor | None = field(default=None, init=False, repr=False)
+
+    def dense_mask(self) -> Tensor:
+        """(B, 1, N, N) bool for layers that run stock attention under a layout with segments."""
+        if self._mask is None:
+            mask = self.layout.dense_mask()
+            # A padding row sees nothing, and softmax over nothing is undefined: let it see itself.
+            eye = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+            self._mask = (mask | (eye & ~mask.any(-1, keepdim=True)))[:, None]
+        return self._mask
+
+
+def _stock_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    # flash-attn takes no dense mask; SDPA does, and uses its own flash kernel where there is none.
+    name = "sdpa"
+    if mask is None and query.is_cuda and query.dtype != torch.float32:
+        name = "flash_attention_2" if is_flash_attn_2_available() else name
+    return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, **kwargs)
+
+
+def cdfast_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    alignment: AlignmentContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one decoder layer: q (B, H, N, d), k, v (B, Hk, N, d) -> ((B, N, H, d), None)."""
+    # Under autocast, rotary embeddings leave q and k in float32 while v is in half precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if alignment is None:
+        return _stock_attention(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    target = alignment.targets.get(layer)
+    layout = alignment.layout
+    if target is None and layer not in alignment.map_layers:
+        # Right padding needs no mask: a live row sees only keys at or before itself, all live.
+        mask = None if layout.is_prefix_causal else alignment.dense_mask()
+        return _stock_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+    _refuse_unsupported(module, layer, kwargs)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    options: dict[str, Any] = {"softmax_scale": scaling, "backend": alignment.backend}
+    if target is None:
+        out, lse = flash_attention(q, k, v, layout=layout, **options)
+        alignment.maps[layer] = visual_attention_map(q, k, lse, layout, **options)
+        return out, None
+
+    if alignment.with_grad and not torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{type(module).__name__} {layer}: the alignment loss would lose its gradient, because "
+            "this layer runs without autograd inside a forward pass that has it. That is reentrant "
+            "activation checkpointing; expected gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}."
+        )
+    out, loss = flash_attention_with_alignment(
+        q,
+        k,
+        v,
+        target,
+        layout,
+        objective=alignment.objective,
+        reduction="none",
+        **options,
+    )
+    # Activation recomputation calls this again: the first loss is the one in the caller's graph.
+    alignment.losses.setdefault(layer, loss)
+    return out, None
+
+
+def _refuse_unsupported(module: nn.Module, layer: int, kwargs: dict[str, Any]) -> None:
+    for name in _UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} {layer} uses {name}={kwargs[name]!r}, which visual "
+                "alignment does not support (expected plain causal softmax attention). Align other "
+                "layers, or use another model."
+            )
+    if module.training and kwargs.get("dropout", 0.0) > 0:
+        raise ValueError(
+            f"{type(module).__name__} {layer} uses attention dropout {kwargs['dropout']}, which "
+            "visual alignment does not support. Set attention_dropout=0 in the text configuration."
+        )
+
+
+def cdfast_attention_mask(
+    *args: Any,
+    mask_function: Any = causal_mask_function,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """SDPA's mask for a causal text model; any other kind of mask is refused by the model's name."""
+    if mask_function is not causal_mask_function:
+        name = getattr(config, "model_type", "this model")
+        raise ValueError(
+            f"{name} asks for an attention mask that is not plain causal "
+            f"({getattr(mask_function, '__qualname__', mask_function)}), such as a bidirectional "
+            "image block, a sliding window, or packed position_ids without an attention_mask. "
+            "Visual alignment is defined for causal attention: expected a causal text model and an "
+            "attention_mask in the batch."
+        )
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+        *args, mask_function=mask_function, config=config, **kwargs
+    )
+
+
+AttentionInterface.register(ATTENTION_NAME, cdfast_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, cdfast_attention_mask)
+
+
+def text_config_name(model: PreTrainedModel) -> str | None:
+    """Name of the configuration of the text model inside `model.config`; None if it is the model."""
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config is model.config:
+        return None
+    for name in model.config.sub_configs:
+        if getattr(model.config, name, None) is text_config:
+            return name
+    return None
+
+
+def use_cdfast_attention(model: PreTrainedModel) -> None:
+    """Select cdfast attention for the text model of `model`, and leave its vision model alone.
+
+    Raises:
+        ValueError: the text model has layers that are not full causal attention, or does not choose
+            its attention through AttentionInterface; the message names the model and the reason.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    model_type = model.config.model_type
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    reason = None
+    if kinds != {"full_attention"}:
+        reason = f"its layers are of the kinds {sorted(kinds)}"
+    elif getattr(text_config, "attn_logit_softcapping", None):
+        reason = "it caps attention logits (attn_logit_softcapping)"
+    elif not getattr(text_config, "is_causal", True):
+        reason = "its text attention is not causal"
+    elif not getattr(model, "_supports_attention_backend", False):
+        reason = "its attention does not go through transformers' AttentionInterface"
+    if reason:
+        raise ValueError(
+            f"{model_type}: visual alignment cannot be used, because {reason}. Expected full causal "
+            "attention through AttentionInterface in every decoder layer."
+        )
+    name = text_config_name(model)
+    model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
+    chosen = model.config.get_text_config(decoder=True)._attn_implementation
+    if chosen != ATTENTION_NAME:
+        raise ValueError(
+            f"{model_type}: set_attn_implementation left the text model on {chosen!r}; expected "
+            f"{ATTENTION_NAME!r}."
+        )

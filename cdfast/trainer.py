@@ -1,0 +1,294 @@
+"""DistillationTrainer: transformers.Trainer whose loss is LM + KL + visual attention alignment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
+from cdfast.attention import use_cdfast_attention
+from cdfast.distill import LOSS_NAMES, StudentTask, add_student_step, kl_rows, teacher_step
+from cdfast.losses import answer_rows
+from cdfast.optim import muon_with_adamw
+from cdfast.similarity import model_inputs
+
+ALIGNMENT_FILE = "alignment.json"
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with the weights and options of distillation.
+
+    L = lm_weight L_LM + kl_weight L_KL + alignment_weight L_alignment, each a sum over the global
+    step (all ranks, all accumulation steps) divided by its own global count: answer tokens for LM
+    and KL, samples with an image for the alignment.
+    """
+
+    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-model loss."})
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Weight of KL(teacher || student) on answer tokens."}
+    )
+    alignment_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the visual attention alignment loss."}
+    )
+    preset: str = field(
+        default="paper", metadata={"help": "Alignment preset: 'paper' or 'official'."}
+    )
+    objective: str | None = field(
+        default=None, metadata={"help": "row, map, pooled, mse or kl; default: the preset's."}
+    )
+    matching: str | None = field(
+        default=None, metadata={"help": "group, simple or adaptive; default: the preset's."}
+    )
+    layers: str | None = field(
+        default=None,
+        metadata={"help": "early, intermediate, later or all; default: the preset's."},
+    )
+    layer_reduction: str | None = field(
+        default=None, metadata={"help": "mean or sum over layers; default: the preset's."}
+    )
+    backend: str = field(
+        default="auto", metadata={"help": "Backend of cdfast_kernels for aligned layers."}
+    )
+    unshifted_kl_mask: bool = field(
+        default=False,
+        metadata={"help": "Parity with the authors' code: mask KL rows with unshifted labels."},
+    )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Use Muon at this rate for decoder matrices, AdamW for the rest."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept off: batches carry what the aligner needs."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__post_init__()
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs.get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected use_reentrant=False; got True. Reentrant "
+                "checkpointing loses the gradient of the alignment loss."
+            )
+        for name in ("lm_weight", "kl_weight", "alignment_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a finite number >= 0; got {value}.")
+
+
+class LayoutCollator:
+    """Adds the visual layout to a collated batch, on the host, where building it costs no sync."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], token_id: int):
+        self.collator, self.token_id = collator, token_id
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        batch = dict(self.collator(samples))
+        batch["layout"] = build_layout(batch, self.token_id)
+        return batch
+
+
+class DistillationTrainer(Trainer):
+    """Distils `teacher` into `model`; everything else as users know it from transformers.Trainer.
+
+    Args:
+        model: student, a Hugging Face vision-language model or a PEFT model around one.
+        teacher: teacher model on the same tokenizer and visual tokens; None trains with the LM loss
+            alone (then kl_weight and alignment_weight must be 0).
+        aligner: an aligner of your own; by default made from the options of `args`.
+        args: `DistillationConfig`.
+        data_collator: returns input_ids, attention_mask, labels (-100 outside answers, unshifted)
+            and image inputs; optionally segment_ids with position_ids.
+        Others: see transformers.Trainer.
+
+    Raises:
+        ValueError: a weight that needs a teacher without one; a model that cannot be aligned.
+    """
+
+    args: DistillationConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: DistillationConfig,
+        teacher: PreTrainedModel | None = None,
+        aligner: VisualAttentionAligner | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ):
+        if data_collator is None:
+            raise ValueError(
+                "data_collator: expected one that returns input_ids, attention_mask, labels and "
+                "image inputs; got None. Use cdfast.encoding.VisionTextCollator."
+            )
+        wanted = [n for n in ("kl_weight", "alignment_weight") if getattr(args, n) > 0]
+        if wanted and teacher is None:
+            raise ValueError(
+                f"teacher: expected a model, because {' and '.join(wanted)} > 0; got None. Give a "
+                "teacher, or set the weights to 0."
+            )
+        student = unwrap_student(model)
+        use_cdfast_attention(student)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            use_cdfast_attention(teacher)
+            if args.alignment_weight > 0 and aligner is None:
+                aligner = VisualAttentionAligner(
+                    teacher,
+                    student,
+                    preset=args.preset,
+                    matching=args.matching,
+                    layers=args.layers,
+                    objective=args.objective,
+                    layer_reduction=args.layer_reduction,
+                    backend=args.backend,
+                )
+        self.aligner = aligner if args.alignment_weight > 0 else None
+        self.teacher = teacher if wanted else None
+        add_student_step(student)
+        collator = LayoutCollator(data_collator, image_token_id(student))
+        super().__init__(model=model, args=args, data_collator=collator, **kwargs)
+        # compute_loss returns sums over global counts, so the parent must not divide again.
+        self.model_accepts_loss_kwargs = True
+        if self.teacher is not None:
+            self.teacher.to(args.device)
+        self._sums_since_log: dict[str, Tensor] = {}
+        self._steps_since_log = 0
+
+    # -- loss --------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of one global step and its counts over all ranks: (lm, kl, alignment)."""
+        self._steps_since_log += 1
+        batches: list[Any] = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        if not batches:
+            return batches, None
+        counts = torch.stack([self._counts(batch) for batch in batches]).sum(0).to(device)
+        return batches, self.accelerator.gather(counts).view(-1, len(LOSS_NAMES)).sum(0)
+
+    def _counts(self, batch: Mapping[str, Any]) -> Tensor:
+        labels = batch["labels"]
+        tokens = answer_rows(labels).sum()
+        logits = kl_rows(labels, self.args.unshifted_kl_mask).sum()
+        return torch.stack([tokens, logits, tokens.new_tensor(batch["layout"].num_image_samples)])
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Sums of this micro-batch over the counts of the whole global step.
+
+        DDP averages gradients over ranks, so the loss is multiplied by their number: the gradient
+        is then that of the global sum over the global count.
+        """
+        training = num_items_in_batch is not None
+        counts = num_items_in_batch if training else self._counts(inputs).to(self.args.device)
+        if self.aligner is not None and self.aligner.matches is None:
+            self.aligner.calibrate(**inputs)
+        teacher = None
+        if self.teacher is not None:
+            teacher = teacher_step(
+                self.teacher,
+                inputs,
+                self.aligner,
+                logits=self.args.kl_weight > 0,
+                unshifted_kl_mask=self.args.unshifted_kl_mask,
+            )
+        task = StudentTask(
+            labels=inputs["labels"],
+            layout=inputs["layout"],
+            teacher=teacher,
+            aligner=self.aligner,
+            unshifted_kl_mask=self.args.unshifted_kl_mask,
+        )
+        student_inputs = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
+        sums: dict[str, Tensor] = model(**student_inputs, task=task)
+        means = {
+            name: sums[name].float() / counts[i].clamp_min(1)
+            for i, name in enumerate(LOSS_NAMES)
+            if name in sums
+        }
+        if model.training:
+            for name, value in means.items():
+                before = self._sums_since_log.get(name, torch.zeros_like(value))
+                self._sums_since_log[name] = before + value.detach()
+        total = torch.stack([getattr(self.args, f"{n}_weight") * v for n, v in means.items()]).sum()
+        loss = total * self.accelerator.num_processes if training else total
+        return (loss, {"loss": total, **means}) if return_outputs else loss
+
+    # -- what users of Trainer see -------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer, or Muon with AdamW if `muon_learning_rate` is set."""
+        if self.optimizer is None and self.args.muon_learning_rate is not None:
+            self.optimizer = muon_with_adamw(
+                self.model,
+                lr=self.args.learning_rate,
+                muon_lr=self.args.muon_learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+            )
+        return super().create_optimizer(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds loss_lm, loss_kl and loss_alignment: unweighted means over the steps since the last log."""
+        if "loss" in logs and self._steps_since_log > 0:
+            for name, value in self._sums_since_log.items():
+                total = self.accelerator.gather(value.reshape(1)).sum().item()
+                logs[f"loss_{name}"] = total / self._steps_since_log
+            self._sums_since_log.clear()
+            self._steps_since_log = 0
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Evaluation by loss only: logits of prompt rows are never computed."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.aligner is not None and self.args.should_save:
+            path = Path(output_dir or self.args.output_dir) / ALIGNMENT_FILE
+            path.write_text(json.dumps(self.aligner.state_dict(), indent=2) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / ALIGNMENT_FILE
+        if self.aligner is not None and path.exists():
+            self.aligner.load_state_dict(json.loads(path.read_text()))
+
+
+def unwrap_student(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"model: expected a transformers.PreTrainedModel, or a PEFT model around one; got "
+            f"{type(model).__name__}."
+        )
+    return inner
