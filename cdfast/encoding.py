@@ -1,17 +1,13 @@
 """From a conversation with images to token ids, labels and image tensors.
 
-The answer mask is made from the chat template itself. For every assistant message t the prompt
-render(messages[:t], add_generation_prompt) must be a prefix of render(messages[:t+1]) and of the
-whole text, and the answer must follow it; what is supervised is the answer and the end-of-turn
-token behind it. The processor then replaces each image placeholder by many tokens, so the mask is
-made on the text before this and carried over piece by piece between placeholders.
+The processor replaces each image placeholder of the rendered text by many tokens. So the answer
+mask is made on the text before this (see chat.py) and carried over to the processor's ids piece by
+piece between placeholders.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdfast.chat import ChatTemplate, chat_template, message_text
 from cdfast.images import MAX_PIXELS, DataError, load_image
 
 IGNORE_INDEX = -100
@@ -45,179 +42,21 @@ class Sample:
     source: str = "sample"
 
 
-class _Template:
-    """A processor's chat template: how it is rendered, and what marks an image in its text."""
+def check_sample(processor: Any, sample: Sample, *, turns: str = "dialogue") -> None:
+    """Refuse a conversation that would put labels or images in the wrong place.
 
-    def __init__(self, processor: Any, text: str):
-        self.text = text
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise DataError(
-                source="processor",
-                field="tokenizer",
-                expected="a fast tokenizer, which gives character offsets for the answer mask",
-                got=type(self.tokenizer).__name__,
-                remedy="load it with use_fast=True, or convert it to tokenizer.json",
-                reason="chat template",
-            )
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
-        special |= set(self.tokenizer.all_special_tokens)
-        longest_first = sorted(special, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        names = ("image_token", "video_token", "audio_token", "boi_token")
-        media = {name: getattr(processor, name, None) for name in names}
-        self.media = {token for token in media.values() if isinstance(token, str) and token}
-        self.parts = True
-        self.image: str | None = None
-        self._probe([media["image_token"], media["boi_token"]])
-        self.image_id = self.tokenizer.convert_tokens_to_ids(self.image) if self.image else None
+    Args:
+        processor: as given to `encode`.
+        sample: as given to `encode`; its images are not opened.
+        turns: as given to `encode`.
 
-    def _probe(self, candidates: list[Any]) -> None:
-        """Find whether the template takes lists of parts or strings, and its image placeholder."""
-        text = {"type": "text", "text": "probe"}
-        plain = self._try([{"role": "user", "content": [text]}])
-        self.parts = (
-            plain is not None and "probe" in plain and not re.search("['\"]type['\"]", plain)
-        )
-        if self.parts:
-            shown = self._try([{"role": "user", "content": [{"type": "image"}, text]}]) or ""
-            for token in candidates:
-                if isinstance(token, str) and shown.count(token) > (plain or "").count(token):
-                    self.image = token
-                    return
-        # A template of a text-only model (Qwen, Vicuna) drops or prints image parts: give it
-        # strings with the placeholder in place, as LLaVA does.
-        strings = self._try([{"role": "user", "content": "probe"}])
-        if strings is not None and "probe" in strings:
-            self.parts = False
-            self.image = candidates[0] if isinstance(candidates[0], str) else None
-        elif not self.parts:
-            self._refuse("chat template", "it renders a user message", "it does not show the text")
-
-    def _refuse(self, source: str, expected: str, got: str, remedy: str = "") -> None:
-        raise DataError(
-            source=source,
-            field="chat template",
-            expected=expected,
-            got=got,
-            remedy=remedy
-            or "correct the template, or set processor.chat_template to one that fits",
-            reason="chat template",
-        )
-
-    def _try(self, messages: list[dict]) -> str | None:
-        try:
-            return self._apply(messages, False)
-        except Exception:
-            return None
-
-    def _apply(self, messages: list[dict], prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.text,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-
-    def render(self, messages: list[dict], source: str, *, prompt: bool = False) -> str:
-        """Return the template's text, with one placeholder for each image."""
-        shown = messages if self.parts else [_as_string(m, self.image) for m in messages]
-        try:
-            return self._apply(shown, prompt)
-        except Exception as error:
-            self._refuse(source, "it renders the conversation", f"{type(error).__name__}: {error}")
-            raise
-
-    def answers(self, messages: list[dict], source: str) -> tuple[str, list[tuple[int, int]]]:
-        """Return the whole text and the character span to supervise for each assistant message."""
-        text = self.render(messages, source)
-        spans = []
-        for t, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            where = f"{source}, message {t}"
-            prompt = self.render(messages[:t], source, prompt=True)
-            last = t + 1 == len(messages)
-            upto = text if last else self.render(messages[: t + 1], source)
-            if not (upto.startswith(prompt) and text.startswith(prompt)):
-                self._refuse(
-                    where,
-                    "the prompt (messages before the answer, add_generation_prompt=True) to be a "
-                    "prefix of the conversation, which is how the answer mask is found",
-                    _difference(prompt, upto if not upto.startswith(prompt) else text),
-                )
-            spans.append(self._span(text, upto, len(prompt), _text(message), where))
-        return text, spans
-
-    def _span(self, text: str, upto: str, start: int, answer: str, where: str) -> tuple[int, int]:
-        begin = start + len(text[start:]) - len(text[start:].lstrip())
-        stop = begin + len(answer.strip())
-        if text[begin:stop] != answer.strip() or upto[begin:stop] != answer.strip():
-            self._refuse(
-                where,
-                "the answer, unchanged, right behind the generation prompt",
-                f"{text[start : start + len(answer) + 20]!r} for the answer {answer!r}",
-            )
-        # What follows belongs to this turn only where it does not depend on the turns after it.
-        rest = text[stop : stop + _common(text[stop:], upto[stop:])]
-        end_of_turn = self.special.search(rest)
-        stop += end_of_turn.end() if end_of_turn else len(rest.rstrip())
-        return begin, stop
-
-
-_templates: weakref.WeakKeyDictionary[Any, _Template] = weakref.WeakKeyDictionary()
-
-
-def _template(processor: Any) -> _Template:
-    """Return the processor's template (or its tokenizer's), examined once."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    text = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    if isinstance(text, dict):
-        text = text.get("default")
-    if not text:
-        raise DataError(
-            source="processor",
-            field="chat template",
-            expected="a chat template in the processor or its tokenizer",
-            got="none",
-            remedy="set processor.chat_template, or load the instruction-tuned model's processor",
-            reason="chat template",
-        )
-    known = _templates.get(processor)
-    if known is None or known.text != text:
-        known = _templates[processor] = _Template(processor, text)
-    return known
-
-
-def _text(message: dict) -> str:
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def _as_string(message: dict, image: str | None) -> dict:
-    """Write a message for a template of strings, with LLaVA's newline between image and text."""
-    out = ""
-    parts = message["content"]
-    for here, part in enumerate(parts):
-        out += str(image) if part["type"] == "image" else part["text"]
-        after = parts[here + 1] if here + 1 < len(parts) else part
-        if after["type"] != part["type"]:
-            out += "\n"
-    return {"role": message["role"], "content": out}
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def _difference(prompt: str, text: str) -> str:
-    at = _common(prompt, text)
-    return f"{prompt[at : at + 30]!r} in the prompt but {text[at : at + 30]!r} at character {at}"
-
-
-def _check(sample: Sample, template: _Template) -> None:
-    """Refuse what would put labels or images in the wrong place."""
+    Raises:
+        DataError: a role, part, number of images, or media token in the text that does not fit.
+        ValueError: `turns` is not "dialogue" or "independent".
+    """
+    if turns not in TURNS:
+        raise ValueError(f"turns: expected one of {TURNS}, got {turns!r}")
+    template = chat_template(processor)
 
     def refuse(field: str, expected: str, got: Any, remedy: str) -> None:
         raise DataError(
@@ -248,7 +87,7 @@ def _check(sample: Sample, template: _Template) -> None:
                         f"{found[0]!r} in {part['text'][:80]!r}",
                         "use an image part, or remove the token",
                     )
-        if message["role"] == "assistant" and not _text(message).strip():
+        if message["role"] == "assistant" and not message_text(message).strip():
             refuse(where, "an answer", "an empty one", "remove the turn")
     if images != len(sample.images):
         refuse("images", f"{images}, one for each image part", len(sample.images), "match them")
@@ -261,6 +100,8 @@ def _check(sample: Sample, template: _Template) -> None:
         )
     if not any(message["role"] == "assistant" for message in sample.messages):
         refuse("messages", "an assistant message", "none", "add the answer")
+    if turns == "independent":
+        _single_turns(sample)
 
 
 def _begins_with_bos(tokenizer: Any, text: str) -> bool:
@@ -268,7 +109,7 @@ def _begins_with_bos(tokenizer: Any, text: str) -> bool:
 
 
 def _tokenize(
-    template: _Template, texts: list[str], spans: list[list[tuple[int, int]]]
+    template: ChatTemplate, texts: list[str], spans: list[list[tuple[int, int]]]
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of texts that still have one placeholder per image."""
     tokenizer = template.tokenizer
@@ -355,19 +196,26 @@ def _find(
 
 
 def _process(
-    processor: Any, template: _Template, text: str, images: list
+    processor: Any, template: ChatTemplate, text: str, images: list, source: str
 ) -> tuple[list[int], dict, dict]:
     """Run the processor once: expanded ids, per-token extras (N,), image tensors."""
-    special = not _begins_with_bos(template.tokenizer, text)
-    if processor is template.tokenizer:
-        data = processor(text=[text], add_special_tokens=special, return_tensors="pt")
-    else:
-        data = processor(
-            text=[text],
-            images=images or None,
-            add_special_tokens=special,
-            return_tensors="pt",
-        )
+    options: dict[str, Any] = {
+        "text": [text],
+        "add_special_tokens": not _begins_with_bos(template.tokenizer, text),
+        "return_tensors": "pt",
+    }
+    if processor is not template.tokenizer:
+        options["images"] = images or None
+    try:
+        data = processor(**options)
+    except (ValueError, ZeroDivisionError) as error:
+        raise DataError(
+            source=source,
+            field="images" if images else "messages",
+            expected=f"what {type(processor).__name__} can process",
+            got=f"{type(error).__name__}: {error}",
+            remedy="check the image's size and shape, or leave the record out",
+        ) from error
     rest = {name: value for name, value in data.items() if isinstance(value, Tensor)}
     ids = rest.pop("input_ids")
     rest.pop("attention_mask", None)
@@ -408,11 +256,11 @@ def _single_turns(sample: Sample) -> list[list[dict]]:
 
 
 def _encode_independent(
-    processor: Any, template: _Template, sample: Sample, images: list
+    processor: Any, template: ChatTemplate, sample: Sample, images: list
 ) -> tuple[list[int], list[int], dict, dict, int, list[int]]:
     rendered = [template.answers(turn, sample.source) for turn in _single_turns(sample)]
     texts, spans = [text for text, _ in rendered], [span for _, span in rendered]
-    expanded, extras, tensors = _process(processor, template, texts[0], images)
+    expanded, extras, tensors = _process(processor, template, texts[0], images, sample.source)
     turns = _tokenize(template, texts, spans)
     # The images stand in front, so every turn's text begins with the same tokens.
     starts = [_behind_last(ids, template.image_id) if images else 0 for ids, _ in turns]
@@ -488,10 +336,8 @@ def encode(
             within max_length.
         ValueError: `turns` is not one of the two.
     """
-    if turns not in TURNS:
-        raise ValueError(f"turns: expected one of {TURNS}, got {turns!r}")
-    template = _template(processor)
-    _check(sample, template)
+    check_sample(processor, sample, turns=turns)
+    template = chat_template(processor)
     images = [
         load_image(image, sample.source, field=f"images[{n}]", max_pixels=max_pixels)
         for n, image in enumerate(sample.images)
@@ -503,7 +349,7 @@ def encode(
         )
     else:
         text, spans = template.answers(sample.messages, sample.source)
-        ids, extras, tensors = _process(processor, template, text, images)
+        ids, extras, tensors = _process(processor, template, text, images, sample.source)
         [unexpanded] = _tokenize(template, [text], [spans])
         image_id = template.image_id if images else None
         labels, prefix = _carry_over(*unexpanded, ids, image_id, sample.source)
@@ -554,7 +400,7 @@ def check_answers(processor: Any, sample: Sample, encoded: dict[str, Any]) -> No
 
     labels = encoded["labels"]
     got = bare(labels[labels != IGNORE_INDEX].tolist())
-    answers = [_text(m) for m in sample.messages if m["role"] == "assistant"]
+    answers = [message_text(m) for m in sample.messages if m["role"] == "assistant"]
     # Through the tokenizer and back, since it may lower the case or drop unknown words.
     want = "".join(bare(tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers)
     if not (want.startswith(got) if encoded["truncated"] else want == got):

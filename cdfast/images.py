@@ -189,7 +189,8 @@ def _opened(image: Any, source: str, field: str) -> tuple[Image.Image, str]:
     try:
         return Image.open(target, formats=FORMATS), name
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(source, field, f"{name!r}: {error}", MAX_PIXELS) from error
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise _too_large(source, field, f"{name!r}: {error}", limit) from error
     except Exception as error:
         raise _corrupt(source, field, name, error) from error
 
