@@ -8,6 +8,7 @@ student beside it. Source of the question kinds: SugarCrepe (arXiv 2306.14610).
 from __future__ import annotations
 
 import importlib.resources
+import json
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from cdfast.encoding import Sample
+from cdfast.encoding import Sample, encode
 from cdfast.questions import TURN_KINDS, Turn, draw_turns, normalise_mix
 from cdfast.scenes import (
     COLOURS,
@@ -48,12 +49,14 @@ from cdfast.scenes import (
 
 __all__ = [
     "TURN_KINDS",
+    "EncodedScenes",
     "SceneDataset",
     "check_disjoint",
     "init_miniature_weights",
     "make_processor",
     "make_student",
     "miniature_configs",
+    "read_card",
     "scene_key",
     "split_of",
     "teacher_path",
@@ -149,6 +152,20 @@ class SceneDataset(Dataset[Sample]):
     def scene_keys(self) -> set[SceneKey]:
         """The keys of all scenes, without rendering them."""
         return {scene_key(self.draw(index)[0]) for index in range(self.size)}
+
+
+class EncodedScenes(Dataset[dict[str, Any]]):
+    """Scenes encoded for training; each turn sees the image and itself (`turns="independent"`)."""
+
+    def __init__(self, scenes: SceneDataset, processor: Any) -> None:
+        self.scenes = scenes
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return encode(self.processor, self.scenes[index], turns="independent")
 
 
 def turns_as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -294,6 +311,11 @@ def assets_path() -> Path:
 def teacher_path() -> Path:
     """The shipped teacher: model and processor, for `from_pretrained`."""
     return assets_path() / "teacher"
+
+
+def read_card() -> dict[str, Any]:
+    """How the shipped miniature was made and how well it does: `card.json`."""
+    return json.loads((assets_path() / "card.json").read_text())
 
 
 def make_student(directory: str | Path, seed: int = 0) -> Path:
