@@ -137,7 +137,7 @@ def _one_minus_cos(s: Tensor, t: Tensor, dim: tuple[int, ...], if_zero: float = 
     tiny = torch.finfo(s.dtype).tiny
     largest_s = s.detach().amax(dim, keepdim=True)
     largest_t = t.amax(dim, keepdim=True)
-    zero = (largest_s < tiny) | (largest_t < tiny)
+    zero = torch.minimum(largest_s, largest_t) < tiny  # False where one of them is NaN
     s = s / largest_s.masked_fill(zero, 1)
     t = t / largest_t.masked_fill(zero, 1)
     unit_s = s / s.square().sum(dim, keepdim=True).masked_fill(zero, 1).sqrt()
