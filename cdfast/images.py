@@ -20,7 +20,7 @@ from PIL import Image
 
 MAX_PIXELS = 64_000_000
 # Raster formats only: PIL's EPS plug-in runs Ghostscript on the file.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _URL = re.compile(r"^\s*(?:[a-z][a-z0-9+.\-]*://|(?:data|file|https?|ftp):)", re.IGNORECASE)
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
@@ -266,31 +266,46 @@ def load_image(
         DataError: the image is missing, outside its root, a URL, too large or corrupt.
     """
     if isinstance(image, np.ndarray):
-        channels = image.shape[2] if image.ndim == 3 else 1
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
-            raise DataError(
-                source=source,
-                field=field,
-                expected="a uint8 array (H, W, 3)",
-                got=f"{image.dtype} of shape {image.shape}",
-                remedy="convert it to uint8 with the channels last",
-            )
-        _check_size((image.shape[1], image.shape[0]), "the array", source, field, max_pixels)
-        image = image[:, :, 0] if channels == 1 and image.ndim == 3 else image
-        opened, name = Image.fromarray(np.ascontiguousarray(image)), "the array"
+        opened, name = _from_array(image, source, field), "the array"
     elif isinstance(image, Image.Image):
         opened, name = image, getattr(image, "filename", "") or "the image"
-        _check_size(opened.size, name, source, field, max_pixels)
     else:
         opened, name = _opened(image, source, field)
-        _check_size(opened.size, name, source, field, max_pixels)
+    ours = opened is not image
     try:
-        if opened.width == 0 or opened.height == 0:
-            raise ValueError("the image is empty")
-        opened.load()
-        if opened.mode.startswith("I;16"):
-            # PIL clips 16-bit grey at 255 instead of scaling it.
-            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-        return opened if opened.mode == "RGB" else opened.convert("RGB")
+        _check_size(opened.size, name, source, field, max_pixels)
+        return _decoded(opened, ours)
+    except DataError:
+        raise
+    # Decoders raise a dozen different errors on damaged files.
     except Exception as error:
         raise _corrupt(source, field, name, error) from error
+    finally:
+        # Decoded pixels stay; the file would stay open with the error, or with more frames.
+        if ours and hasattr(opened, "fp"):
+            opened.close()
+
+
+def _decoded(image: Image.Image, ours: bool) -> Image.Image:
+    if image.width == 0 or image.height == 0:
+        raise ValueError("the image is empty")
+    image.load()
+    if image.mode.startswith("I;16"):
+        # PIL clips 16-bit grey at 255 instead of scaling it.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    # A copy, since the file behind the image is about to be closed.
+    return image if image.mode == "RGB" and not ours else image.convert("RGB")
+
+
+def _from_array(image: np.ndarray, source: str, field: str) -> Image.Image:
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise DataError(
+            source=source,
+            field=field,
+            expected="a uint8 array (H, W, 3)",
+            got=f"{image.dtype} of shape {image.shape}",
+            remedy="convert it to uint8 with the channels last",
+        )
+    image = image[:, :, 0] if channels == 1 and image.ndim == 3 else image
+    return Image.fromarray(np.ascontiguousarray(image))
