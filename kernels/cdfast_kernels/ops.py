@@ -16,6 +16,7 @@ from cdfast_kernels.errors import bad_argument
 from cdfast_kernels.layout import VisualLayout
 from cdfast_kernels.reference import (
     flash_attention_ref,
+    flash_attention_with_alignment_ref,
     visual_alignment_loss_ref,
     visual_attention_map_ref,
 )
@@ -216,9 +217,9 @@ def flash_attention_with_alignment(
     scale = _check_scale(softmax_scale, q)
     _check_alignment(target, layout, q, objective, reduction)
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = flash_attention_ref(q, k, v, layout, scale)
-        loss = visual_alignment_loss_ref(q, k, lse, target, layout, scale, objective, reduction)
-    return out, loss
+        return flash_attention_with_alignment_ref(
+            q, k, v, target, layout, scale, objective, reduction
+        )
 
 
 def _choose_backend(backend: str, choices: tuple[str, ...]) -> str:

@@ -25,19 +25,10 @@ def flash_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, layout: VisualLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out_h = softmax(scale q_h k^T) v and the natural-log LSE; see ops.flash_attention."""
-    dtype = q.dtype
-    q, k, v = (_load(x, layout) for x in (q, k, v))
-    live = layout.live
-    visible = layout.visible()[:, None]
-    # A row that sees nothing gets finite scores here and its fixed values at the end.
-    hidden = torch.where(live[:, None, :, None], -torch.inf, 0.0).to(q.dtype)
-    scores = torch.where(visible, _scores(q, k, scale), hidden)
-    lse = scores.logsumexp(-1)  # [B, H, N]
-    probs = torch.exp(scores - lse[..., None])
-    out = _group_matmul(probs, v.transpose(1, 2)).transpose(1, 2)  # [B, N, H, d]
-    out = torch.where(live[:, :, None, None], out, 0).to(dtype)
-    lse = torch.where(live[:, None, :], lse, -torch.inf)
-    return layout.from_batch(out).contiguous(), _store_lse(lse, layout)
+    scores = _masked_scores(q, k, layout, scale)
+    lse = torch.where(layout.live[:, None, :], scores.logsumexp(-1), -torch.inf)
+    out = _weighted_values(scores.softmax(-1), v, layout)
+    return out, _store_lse(lse, layout)
 
 
 @torch.no_grad()
@@ -62,6 +53,35 @@ def visual_alignment_loss_ref(
     """Alignment of S(q, k, lse) with the target map; see ops.visual_alignment_loss."""
     entries = _visible_visual(layout)
     student = _head_mean(q, k, lse, layout, scale, entries)
+    return _alignment_loss(student, target, entries, layout, objective, reduction)
+
+
+def flash_attention_with_alignment_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    target: VisualMap,
+    layout: VisualLayout,
+    scale: float,
+    objective: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """Both from one set of probabilities; see ops.flash_attention_with_alignment."""
+    probs = _masked_scores(q, k, layout, scale).softmax(-1)
+    entries = _visible_visual(layout)
+    student = torch.where(entries, probs.mean(1), 0)
+    loss = _alignment_loss(student, target, entries, layout, objective, reduction)
+    return _weighted_values(probs, v, layout), loss
+
+
+def _alignment_loss(
+    student: Tensor,
+    target: VisualMap,
+    entries: Tensor,
+    layout: VisualLayout,
+    objective: str,
+    reduction: str,
+) -> Tensor:
     if student.numel() == 0:
         per_sample = student.sum((1, 2))
     else:
@@ -106,6 +126,20 @@ def _group_matmul(x: Tensor, y: Tensor) -> Tensor:
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale q k^T, (B, H, N, N)."""
     return _group_matmul(q.transpose(1, 2) * scale, k.permute(0, 2, 3, 1))
+
+
+def _masked_scores(q: Tensor, k: Tensor, layout: VisualLayout, scale: float) -> Tensor:
+    """Scores with -inf at invisible keys; 0 in rows at padding, which see nothing."""
+    scores = _scores(_load(q, layout), _load(k, layout), scale)
+    hidden = torch.where(layout.live[:, None, :, None], -torch.inf, 0.0).to(scores.dtype)
+    return torch.where(layout.visible()[:, None], scores, hidden)
+
+
+def _weighted_values(probs: Tensor, v: Tensor, layout: VisualLayout) -> Tensor:
+    """P v in the layout and dtype of v, 0 in rows at padding."""
+    out = _group_matmul(probs, _load(v, layout).transpose(1, 2)).transpose(1, 2)
+    out = torch.where(layout.live[:, :, None, None], out, 0).to(v.dtype)
+    return layout.from_batch(out).contiguous()
 
 
 def _visible_visual(layout: VisualLayout) -> Tensor:

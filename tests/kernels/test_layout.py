@@ -1,5 +1,7 @@
 """VisualLayout against brute force, its immutability and its checks of values."""
 
+import copy
+import pickle
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -169,3 +171,12 @@ def test_segment_ids_without_prefix_or_with_gaps_are_fine(ids):
 def test_cu_seqlens_that_do_not_cover_the_tokens_are_refused(cu):
     with pytest.raises(ValueError, match=r"cu_seqlens: expected .*got .*Pass the cumulative"):
         VisualLayout.from_packed(torch.tensor(cu, dtype=torch.int32), torch.zeros(5).bool())
+
+
+@pytest.mark.parametrize("kind", ["turns", "packed"])
+def test_pickles_and_copies(kind):
+    """Collators build layouts in worker processes."""
+    layout = make_case(kind, 0).layout
+    for twin in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
+        assert twin == layout
+        assert torch.equal(twin.dense_mask(), layout.dense_mask())
