@@ -181,8 +181,9 @@ def evaluate(
     Returns:
         `kinds`: for each kind `accuracy` (most likely choice; orders averaged), `both_orders`
         (right in every order), `greedy` (free continuation), `chance`, `n` (questions), `ci95`
-        (Wilson, counting a pair as one observation) and `group`; `averages`: mean accuracy over the kinds of
-        each group; `averages_greedy` and `averages_chance` likewise; `shuffled_images`; `seconds`.
+        (Wilson, counting a pair as one observation) and `group`; `averages`: mean accuracy over
+        the kinds of each group; `averages_greedy` and `averages_chance` likewise;
+        `shuffled_images`; `seconds`.
     """
     if not questions:
         raise ValueError("questions: expected at least one, got none")

@@ -237,7 +237,7 @@ def miniature_configs() -> tuple[LlavaConfig, Qwen2Config]:
         patch_size=PATCH_SIZE,
         vision_use_head=False,
     )
-    return _llava_config(vision, _text_config(TEACHER_LAYERS)), _text_config(STUDENT_LAYERS)
+    return llava_config(vision, _text_config(TEACHER_LAYERS)), _text_config(STUDENT_LAYERS)
 
 
 def _text_config(layers: int) -> Qwen2Config:
@@ -257,7 +257,8 @@ def _text_config(layers: int) -> Qwen2Config:
     )
 
 
-def _llava_config(vision: SiglipVisionConfig, text: Qwen2Config) -> LlavaConfig:
+def llava_config(vision: SiglipVisionConfig, text: Qwen2Config) -> LlavaConfig:
+    """The miniature's LLaVA around a text configuration."""
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -328,7 +329,7 @@ def make_student(directory: str | Path, seed: int = 0) -> Path:
     directory = Path(directory)
     teacher = AutoModelForImageTextToText.from_pretrained(teacher_path(), dtype=torch.float32)
     _, text = miniature_configs()
-    student = build_miniature_model(_llava_config(teacher.config.vision_config, text), seed)
+    student = build_miniature_model(llava_config(teacher.config.vision_config, text), seed)
     student.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
     student.save_pretrained(directory)
     AutoProcessor.from_pretrained(teacher_path()).save_pretrained(directory)
