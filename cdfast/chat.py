@@ -37,7 +37,8 @@ class ChatTemplate:
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         names = ("image_token", "video_token", "audio_token", "boi_token")
         media = {name: getattr(processor, name, None) for name in names}
-        self.media = {token for token in media.values() if isinstance(token, str) and token}
+        known = [*media.values(), *(getattr(self.tokenizer, name, None) for name in names)]
+        self.media = {token for token in known if isinstance(token, str) and token}
         self.parts = True
         self.image: str | None = None
         self._probe([media["image_token"], media["boi_token"]])

@@ -8,6 +8,7 @@ these, and every refusal is a `DataError` that names the file and the record.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import stat
@@ -57,6 +58,11 @@ class DataError(ValueError):
             message = f"{source}: {field}: expected {expected}, got {shown}. Remedy: {remedy}."
         # One positional argument: a DataLoader worker re-raises by calling the class with a text.
         super().__init__(message)
+
+
+@functools.lru_cache(maxsize=64)
+def _real(root: Path) -> Path:
+    return root.resolve()
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class ImageFile:
 
     def _inside(self, root: Path, source: str, field: str) -> Path | None:
         try:
-            real_root = root.resolve()
+            real_root = _real(root)
             real = (real_root / self.name).resolve(strict=True)
             mode = real.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
