@@ -298,6 +298,14 @@ def test_cosine_losses_ignore_scale(objective, backend):
     assert all(float(x.abs().max()) < 1e-5 for x in grads)
 
 
+def test_pooled_with_one_visual_token_is_zero_whatever_the_maps(backend):
+    nothing = [[0.0] * 3] * 3
+    for student, teacher in ((nothing, T3), (S3, nothing), (nothing, nothing)):
+        loss, grads = fixed_loss(student, teacher, [False, True, False], "pooled", backend)
+        assert float(loss) == 0
+        assert not any(x.any() for x in grads)
+
+
 def test_pooled_where_nothing_survives_the_filter(backend):
     """Every visual token in its own segment: a diagonal that lies above mean + std."""
     diagonal = [[0.4 if i == j else 0.0 for j in range(5)] for i in range(5)]
