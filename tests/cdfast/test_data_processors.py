@@ -1,4 +1,4 @@
-"""Processors that write more around an image than its placeholder: Gemma 3, Idefics 3, OneVision."""
+"""Processors that write more around an image than a placeholder: Gemma 3, Idefics 3, OneVision."""
 
 import pytest
 import torch
