@@ -148,7 +148,10 @@ def save_teacher(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path
 ) -> None:
     """Write half-precision weights that load as float32, which is faster and exact on a CPU."""
-    copy.deepcopy(model).half().save_pretrained(folder)
+    saved = copy.deepcopy(model).half()
+    # The trainer switches the cache off.
+    saved.config.use_cache = True
+    saved.save_pretrained(folder)
     processor.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"float16"', '"float32"'))

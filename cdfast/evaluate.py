@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from cdfast.chat import chat_template
 from cdfast.suites import Question, miniature_suite, with_shuffled_images
 from cdfast.synthetic import read_card
 
@@ -45,21 +46,13 @@ class _Row:
     choices: dict[int, list[int]]
 
 
-def _separator(processor: Any, question: Question, prompt: str) -> str:
-    """The white space that the chat template puts between the prompt and an answer."""
-    answer = {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
-    text = processor.apply_chat_template([*question.messages, answer], tokenize=False)
-    rest = text[len(prompt) :] if text.startswith(prompt) else ""
-    bare = rest.lstrip()
-    return rest[: len(rest) - len(bare)] if bare.startswith(question.answer) else ""
-
-
 def _rows(processor: Any, questions: Sequence[Question]) -> list[_Row]:
-    prompts = [
-        processor.apply_chat_template(q.messages, tokenize=False, add_generation_prompt=True)
-        for q in questions
-    ]
-    separator = _separator(processor, questions[0], prompts[0])
+    template = chat_template(processor)
+    prompts = [template.render(q.messages, f"question {q.kind}", prompt=True) for q in questions]
+    # What the template puts between the prompt and an answer, such as a space.
+    answer = {"role": "assistant", "content": [{"type": "text", "text": questions[0].answer}]}
+    text, spans = template.answers([*questions[0].messages, answer], "question")
+    separator = text[len(prompts[0]) : spans[-1][0]]
     texts: list[str] = []
     for question, prompt in zip(questions, prompts):
         texts += [prompt, *(prompt + separator + choice for choice in question.choices)]
