@@ -59,6 +59,8 @@ class SharedVisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """Features of the batch; the same tensor again returns what was computed the first time."""
+        # transformers adds use_cache here or not, depending on the caller; an encoder has no cache.
+        options.pop("use_cache", None)
         if pixel_values is not self._input or options != self._options:
             with torch.no_grad():
                 self._output = self.tower(pixel_values, **options)

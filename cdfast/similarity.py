@@ -52,8 +52,8 @@ def similarity_rows(layout: VisualLayout, rows: str = "all") -> Tensor:
     """(B, N) bool: rows that see a visual key; with rows="text" only those that are no visual token."""
     if rows not in ("all", "text"):
         raise ValueError(f"rows: expected 'all' or 'text'; got {rows!r}.")
-    sees = (layout.dense_mask() & layout.visual[:, None, :]).any(-1)
-    return sees if rows == "all" else sees & ~layout.visual
+    sees = (layout.dense_mask() & layout.visual_mask[:, None, :]).any(-1)
+    return sees if rows == "all" else sees & ~layout.visual_mask
 
 
 def map_similarity(a: VisualMap, b: VisualMap, rows: Tensor) -> Tensor:
@@ -106,3 +106,34 @@ def layer_similarity(
             for _, s in sorted(student_maps.items())
         ]
     ).cpu()
+
+
+@torch.no_grad()
+def matched_similarity(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    batch: Mapping[str, Any],
+    layout: VisualLayout,
+    matches: Mapping[int, Sequence[int]],
+    *,
+    rows: str = "all",
+    backend: str = "auto",
+) -> dict[int, float]:
+    """Similarity of each matched student layer with the mean map of its teacher window.
+
+    Args:
+        matches: student layer -> teacher layers; the rest as in `layer_similarity`.
+
+    Returns:
+        student layer -> mean cosine over the rows.
+    """
+    wanted = sorted({layer for window in matches.values() for layer in window})
+    teacher_maps = visual_maps(teacher, batch, layout, wanted, backend)
+    student_maps = visual_maps(student, batch, layout, sorted(matches), backend)
+    chosen = similarity_rows(layout, rows)
+    return {
+        layer: map_similarity(
+            student_maps[layer], VisualMap.mean([teacher_maps[t] for t in window]), chosen
+        ).item()
+        for layer, window in matches.items()
+    }

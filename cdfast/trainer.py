@@ -70,10 +70,14 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        # transformers 5.23 renames gradient_ to activation_checkpointing; 5.17 has the old name.
+        new_name = hasattr(self, "activation_checkpointing")
+        options = "activation_checkpointing" if new_name else "gradient_checkpointing"
+        on = self.gradient_checkpointing or getattr(self, options)
+        if on and not (self.gradient_checkpointing_kwargs or getattr(self, f"{options}_kwargs")):
+            setattr(self, f"{options}_kwargs", {"use_reentrant": False})
         super().__post_init__()
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs.get("use_reentrant"):
+        if on and self.gradient_checkpointing_kwargs.get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs: expected use_reentrant=False; got True. Reentrant "
                 "checkpointing loses the gradient of the alignment loss."
@@ -249,7 +253,7 @@ class DistillationTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds loss_lm, loss_kl and loss_alignment: unweighted means over the steps since the last log."""
+        """Adds loss_lm, loss_kl and loss_alignment: unweighted, means over the steps since the last."""
         if "loss" in logs and self._steps_since_log > 0:
             for name, value in self._sums_since_log.items():
                 total = self.accelerator.gather(value.reshape(1)).sum().item()
@@ -277,7 +281,15 @@ class DistillationTrainer(Trainer):
             path.write_text(json.dumps(self.aligner.state_dict(), indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if isinstance(model, PreTrainedModel):
+            # Trainer loads the file's names as they are and ignores those that do not fit. Several
+            # models (LLaVA among them) are saved under other names than they have in memory, so it
+            # would restore nothing and go on; from_pretrained translates the names.
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / ALIGNMENT_FILE
         if self.aligner is not None and path.exists():
             self.aligner.load_state_dict(json.loads(path.read_text()))

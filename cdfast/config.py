@@ -1,0 +1,401 @@
+"""Recipes: YAML over two dataclasses, and the command line that overrides them.
+
+A recipe says which models, which data, how attention is aligned, and in which stages. Every field
+is an option of `python -m cdfast.train`: `--kl-weight 0.5` sets it for all stages, and
+`--dft.kl-weight 0.5` for the stages named dft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.resources
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+STAGES = ("pretrain", "sft", "dpt", "dft")
+MINIATURE = "miniature"
+
+# What each stage trains, and which losses it has unless a recipe says otherwise.
+# Source: paper, training stages; `pretrain` and `sft` are LLaVA's.
+_STAGE_WEIGHTS = {
+    "pretrain": {"kl_weight": 0.0, "alignment_weight": 0.0},
+    "sft": {"kl_weight": 0.0, "alignment_weight": 0.0},
+    "dpt": {"kl_weight": 1.0, "alignment_weight": 0.0},
+    "dft": {"kl_weight": 1.0, "alignment_weight": 1.0},
+}
+PROJECTOR_ONLY = ("pretrain", "dpt")
+
+
+class ConfigError(ValueError):
+    """A recipe or an option that cannot be used; the message says which, and what to write."""
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class StageRecipe:
+    """One training stage. Fields left at None take the stage's default or the recipe's value."""
+
+    stage: str = _option(
+        "dft",
+        "pretrain: projector, LM loss. sft: language model and projector, LM loss. "
+        "dpt: student projector, LM + KL. dft: language model and projector, LM + KL + alignment.",
+    )
+    data: list[str] | None = _option(None, "Data files of this stage; default: the recipe's.")
+    image_root: list[str] | None = _option(
+        None, "Image roots of this stage; default: the recipe's."
+    )
+    epochs: float = _option(1.0, "Passes over the data; ignored when max_steps is given.")
+    max_steps: int = _option(-1, "Optimizer steps; -1: by epochs.")
+    batch_size: int = _option(16, "Samples per process and forward pass.")
+    gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
+    learning_rate: float = _option(2e-4, "Peak learning rate (AdamW).")
+    muon_learning_rate: float | None = _option(
+        None, "Muon for decoder matrices at this rate; AdamW keeps the rest."
+    )
+    lr_scheduler_type: str = _option("cosine", "Any scheduler of transformers.")
+    warmup: float = _option(0.03, "Warm-up: a share of the steps if < 1, else a number of steps.")
+    weight_decay: float = _option(0.0, "Weight decay.")
+    max_grad_norm: float = _option(1.0, "Gradient clipping.")
+    lora: bool = _option(False, "Train LoRA adapters of the language model, merged at the end.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations (non-reentrant).")
+    lm_weight: float = _option(1.0, "Weight of the language-model loss.")
+    kl_weight: float | None = _option(None, "Weight of the logit KL; default: 1 in dpt and dft.")
+    alignment_weight: float | None = _option(
+        None, "Weight of visual attention alignment; default: 1 in dft."
+    )
+    turns_mix: list[int] | None = _option(
+        None, "Embedded data only: turns per scene (list, vqa, loc, rel, verify, ab)."
+    )
+    arguments: dict[str, Any] = _option({}, "Further transformers.TrainingArguments of this stage.")
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ConfigError(_unknown("stage", self.stage, STAGES))
+        for name, value in _STAGE_WEIGHTS[self.stage].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.kl_weight or self.alignment_weight)
+
+
+@dataclass
+class Recipe:
+    """A whole run: models, data, alignment, stages, evaluation."""
+
+    name: str = _option("run", "Name of the run; output goes to runs/<name> by default.")
+    description: str = _option("", "One line for --list.")
+    teacher: str | None = _option(
+        None, "Teacher checkpoint (LLaVA kind), or 'miniature'. None: stages without distillation."
+    )
+    student: str = _option(
+        "", "Student: a causal language model or a LLaVA checkpoint, or 'miniature'."
+    )
+    vision_tower: str | None = _option(
+        None, "Vision encoder checkpoint, to build a LLaVA model where there is no teacher."
+    )
+    taf: bool = _option(True, "Teacher adapter fetch: visual tokens are P_s(P_t(z)).")
+    student_projector: str = _option("mlp", "P_s: mlp (paper) or linear (authors' code).")
+    share_vision_tower: bool = _option(
+        True, "Run one frozen vision encoder once per batch for both models."
+    )
+    dtype: str = _option("float32", "Student parameters: float32 or bfloat16.")
+    teacher_dtype: str = _option("float32", "Teacher parameters: float32, bfloat16 or float16.")
+    trust_remote_code: bool = _option(False, "Allow checkpoints to bring their own code.")
+
+    data: list[str] = _option([], "LLaVA JSON or `messages` files, or 'miniature'.")
+    image_root: list[str] = _option([], "Folders that image paths are resolved in, and stay in.")
+    max_length: int = _option(2048, "Tokens per sample; the end is cut, never an image.")
+    turns: str = _option(
+        "dialogue", "dialogue, or independent: turns that share the image but not each other."
+    )
+    on_error: str = _option("raise", "Broken record or image: raise, or skip and count.")
+    max_pixels: int = _option(67_108_864, "Largest image that is decoded, in pixels.")
+    workers: int = _option(1, "Data loader processes per rank.")
+
+    preset: str = _option("paper", "Alignment preset: paper or official.")
+    objective: str | None = _option(None, "row, map, pooled, mse or kl; default: the preset's.")
+    matching: str | None = _option(None, "group, simple or adaptive; default: the preset's.")
+    layers: str | None = _option(None, "early, intermediate, later or all; default: the preset's.")
+    layer_reduction: str | None = _option(None, "mean or sum over layers; default: the preset's.")
+    backend: str = _option("auto", "cdfast_kernels backend of aligned layers.")
+    unshifted_kl_mask: bool = _option(False, "Parity with the authors' code: unshifted KL mask.")
+
+    lora_r: int = _option(128, "LoRA rank.")
+    lora_alpha: int = _option(256, "LoRA alpha.")
+    lora_dropout: float = _option(0.05, "LoRA dropout.")
+
+    evaluate: str | None = _option(None, "Evaluation after training: 'miniature', or none.")
+    evaluate_per_kind: int = _option(300, "Caption pairs per question kind.")
+    evaluate_vqa_per_kind: int = _option(150, "Recognition questions per kind.")
+    seed: int = _option(0, "Seed of weights, data and order.")
+    output_dir: str | None = _option(None, "Where the run goes; default: a new folder in runs/.")
+    arguments: dict[str, Any] = _option({}, "transformers.TrainingArguments for every stage.")
+    stages: list[StageRecipe] = _option([], "The stages, in order.")
+    compare: dict[str, dict[str, Any]] = _option(
+        {}, "Variants that --compare trains besides: name -> options that differ."
+    )
+    architecture: dict[str, Any] = _option(
+        {}, "Expected sizes of teacher, student and vision encoder, checked and used by --dry-run."
+    )
+
+    def __post_init__(self) -> None:
+        _choice("turns", self.turns, ("dialogue", "independent"))
+        _choice("on_error", self.on_error, ("raise", "skip"))
+        _choice("student_projector", self.student_projector, ("mlp", "linear"))
+        _choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _choice("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16", "float16"))
+        _choice("preset", self.preset, ("paper", "official"))
+        if self.evaluate is not None:
+            _choice("evaluate", self.evaluate, (MINIATURE,))
+
+    def check_runnable(self) -> None:
+        """Raise ConfigError if something that a run needs is missing or contradictory."""
+        if not self.student:
+            raise ConfigError("student: expected a checkpoint; got none. Give --student PATH.")
+        if not self.stages:
+            raise ConfigError("stages: expected at least one; got none. Name them in the recipe.")
+        for number, stage in enumerate(self.stages, 1):
+            if stage.needs_teacher and not self.teacher:
+                raise ConfigError(
+                    f"teacher: stage {number} ({stage.stage}) distils, so a teacher is expected; "
+                    "got none. Give --teacher PATH, or --kl-weight 0 --alignment-weight 0."
+                )
+            if not (stage.data or self.data):
+                raise ConfigError(
+                    f"data: stage {number} ({stage.stage}) has none. Give --data FILE, or "
+                    f"--{stage.stage}.data FILE."
+                )
+        if self.taf and not self.teacher:
+            raise ConfigError("taf: needs a teacher, whose adapter it fetches. Give --taf false.")
+
+
+def _unknown(what: str, got: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(got), list(known), n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{what}: {got!r} is unknown.{hint} Known: {', '.join(known)}."
+
+
+def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(_unknown(name, value, allowed))
+
+
+def _coerce(value: Any, annotation: Any, where: str) -> Any:
+    """`value` as the annotated type; YAML reads 2e-4 as text, and the command line everything."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if annotation is Any:
+        return value
+    if origin is list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return [_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(items)]
+    if origin is dict:
+        if isinstance(value, dict):
+            return value
+    elif dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        if isinstance(value, annotation):
+            return value
+        if isinstance(value, dict):
+            return from_dict(annotation, value, where)
+    elif annotation is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif annotation in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if annotation is float and number == number:
+            return number
+        if annotation is int and number == number and number == int(number):
+            return int(number)
+    elif annotation is str and isinstance(value, (str, int, float)):
+        return str(value)
+    kind = getattr(annotation, "__name__", str(annotation))
+    raise ConfigError(f"{where}: expected {kind}; got {value!r}.")
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "recipe") -> Any:
+    """A dataclass from a mapping; unknown keys are refused with the nearest known one.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping of options; got {values!r}.")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(_unknown(where, str(key), names))
+    return cls(**{k: _coerce(v, hints[k], f"{where}.{k}") for k, v in values.items()})
+
+
+def recipe_files() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    folder = Path(str(importlib.resources.files("cdfast") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str) -> Recipe:
+    """A shipped recipe by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: no such recipe or file, no valid YAML, or an unknown field.
+    """
+    shipped = recipe_files()
+    path = shipped.get(source, Path(source))
+    if not path.is_file():
+        raise ConfigError(_unknown("recipe", source, list(shipped)) + " Or give a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: no valid YAML: {error}") from error
+    recipe: Recipe = from_dict(Recipe, values or {}, path.name)
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, to be written as YAML or JSON."""
+    return dataclasses.asdict(recipe)
+
+
+_STAGE_FIELDS = [f for f in fields(StageRecipe) if f.name not in ("stage", "arguments")]
+_RECIPE_FIELDS = [
+    f
+    for f in fields(Recipe)
+    if f.name not in ("description", "arguments", "stages", "compare", "architecture")
+]
+_TRAINER_FIELDS = {f.name for f in fields(TrainingArguments)}
+
+
+def override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
+    """A copy of the recipe with options set: recipe fields, stage fields, or TrainingArguments.
+
+    A stage field without a prefix goes to every stage that has the loss or setting at all: the
+    weights of teacher losses stay 0 in stages that are defined without them.
+
+    Args:
+        recipe: left as it is.
+        options: name -> value; "dft.max_steps" addresses the stages of that name.
+
+    Raises:
+        ConfigError: an unknown option (the nearest is named) or a value of the wrong type.
+    """
+    values = to_dict(recipe)
+    recipe_names = {f.name for f in fields(Recipe)}
+    stage_names = {f.name for f in _STAGE_FIELDS}
+    for key, value in options.items():
+        stage_kind, _, name = key.rpartition(".")
+        if stage_kind:
+            _choice("stage", stage_kind, STAGES)
+            chosen = [s for s in values["stages"] if s["stage"] == stage_kind]
+            if not chosen:
+                raise ConfigError(f"{key}: the recipe {recipe.name!r} has no stage {stage_kind!r}.")
+        else:
+            chosen = values["stages"]
+        if not stage_kind and name in recipe_names:
+            values[name] = value
+        elif name in stage_names:
+            for stage in chosen:
+                if stage_kind or _STAGE_WEIGHTS[stage["stage"]].get(name) != 0.0:
+                    stage[name] = value
+        elif name in _TRAINER_FIELDS:
+            parsed = yaml.safe_load(value) if isinstance(value, str) else value
+            for target in chosen if stage_kind else [values]:
+                target["arguments"] = {**target["arguments"], name: parsed}
+        else:
+            known = sorted({*recipe_names, *stage_names, *_TRAINER_FIELDS})
+            raise ConfigError(_unknown("option", key, _near(name, known)))
+    changed: Recipe = from_dict(Recipe, values, recipe.name)
+    return changed
+
+
+def _near(name: str, known: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(name, known, n=5, cutoff=0.3) or sorted(known)
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Namespace]:
+    """(recipe with overrides applied, flags); the recipe is None for --list.
+
+    Raises:
+        ConfigError: an unknown recipe or option, or a value of the wrong type.
+    """
+    parser = argparse.ArgumentParser(
+        prog="torchrun [--nproc-per-node N] -m cdfast.train",
+        usage="%(prog)s [RECIPE|FILE.yaml] [--option value ...]",
+        description="Distil a multimodal LLM. Without arguments: the embedded miniature.",
+        epilog="Stage options may be given for one kind of stage, as --dft.max-steps 100. Every "
+        "field of transformers.TrainingArguments is an option too, as --save-steps 50.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flags = parser.add_argument_group("flags")
+    for name, text in {
+        "list": "list the shipped recipes and exit",
+        "compare": "also train the recipe's variants, and print one table",
+        "resume": "continue the run in --output-dir (default: the newest of this recipe)",
+        "overwrite": "delete what is in --output-dir first",
+        "dry-run": "check the recipe, print stages, matched layers and sizes, and exit",
+    }.items():
+        flags.add_argument(f"--{name}", action="store_true", help=text)
+    for title, group in (("recipe", _RECIPE_FIELDS), ("stage", _STAGE_FIELDS)):
+        section = parser.add_argument_group(f"{title} options")
+        for f in group:
+            if title == "stage" and f.name in {r.name for r in _RECIPE_FIELDS}:
+                continue
+            default = f.default if f.default is not dataclasses.MISSING else []
+            section.add_argument(
+                f"--{f.name.replace('_', '-')}",
+                **({"nargs": "*"} if "list" in str(f.type) else {"nargs": "?", "const": "true"}),
+                default=argparse.SUPPRESS,
+                help=f"{f.metadata['help']} (recipe default: {default})".replace("%", "%%"),
+            )
+    # The recipe comes first: argparse would take the value of an option it does not know for it.
+    argv = list(argv)
+    source = argv.pop(0) if argv and not argv[0].startswith("-") else MINIATURE
+    namespace, rest = parser.parse_known_args(argv)
+    flag_names = ("list", "compare", "resume", "overwrite", "dry_run")
+    options = {k: v for k, v in vars(namespace).items() if k not in flag_names}
+    options |= _pairs(rest)
+    chosen = argparse.Namespace(**{k: getattr(namespace, k) for k in flag_names})
+    if chosen.list:
+        return None, chosen
+    return override(load_recipe(source), options), chosen
+
+
+def _pairs(tokens: Sequence[str]) -> dict[str, Any]:
+    """--name value, --name=value and --name a b of the options that argparse did not know."""
+    options: dict[str, Any] = {}
+    name = ""
+    for token in tokens:
+        if token.startswith("--"):
+            name, _, value = token[2:].partition("=")
+            name = name.replace("-", "_")
+            options[name] = [value] if "=" in token else []
+        elif name:
+            options[name].append(token)
+        else:
+            raise ConfigError(f"unexpected argument {token!r}: options start with --.")
+    return {k: ("true" if not v else v[0] if len(v) == 1 else v) for k, v in options.items()}

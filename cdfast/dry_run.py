@@ -1,0 +1,148 @@
+"""`--dry-run`: build a recipe's models without weights, and print what the run would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from cdfast.adapters import set_trainable
+from cdfast.aligner import VisualAttentionAligner
+from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe
+from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
+from cdfast.models import load_config, teacher_source
+
+
+def _sized_config(sizes: dict[str, Any]) -> PreTrainedConfig:
+    options = dict(sizes)
+    kind = options.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"architecture: expected a model_type of transformers; got {kind!r}.")
+    return CONFIG_MAPPING[kind](**options)
+
+
+def model_configs(recipe: Recipe) -> tuple[PreTrainedConfig | None, PreTrainedConfig]:
+    """Configurations of teacher (None without one) and student.
+
+    From the recipe's `architecture` where it has one, else from the checkpoints it names.
+    """
+    sizes = recipe.architecture
+    teacher: Any = None
+    if "vision" in sizes:
+        vision = _sized_config(sizes["vision"])
+        text = _sized_config(sizes["student"])
+        if "teacher" in sizes:
+            teacher = _llava(vision, _sized_config(sizes["teacher"]))
+    else:
+        if recipe.teacher:
+            teacher = load_config(teacher_source(recipe), recipe.trust_remote_code)
+        if recipe.student == MINIATURE:
+            from cdfast.synthetic import miniature_configs
+
+            text = miniature_configs()[1]
+        else:
+            student = load_config(recipe.student, recipe.trust_remote_code)
+            if teacher is None or (not recipe.taf and hasattr(student, "vision_config")):
+                return teacher, student
+            text = student.get_text_config(decoder=True)
+        vision = teacher.vision_config
+    if not recipe.taf or teacher is None:
+        return teacher, _llava(vision, text, teacher)
+    return teacher, _llava(
+        vision,
+        text,
+        teacher,
+        teacher_hidden_size=teacher.text_config.hidden_size,
+        student_projector=recipe.student_projector,
+    )
+
+
+def _llava(
+    vision: PreTrainedConfig, text: PreTrainedConfig, like: Any = None, **taf: Any
+) -> LlavaConfig:
+    return (CdfastLlavaConfig if taf else LlavaConfig)(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=like.image_token_id if like else text.vocab_size - 1,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-2,
+        tie_word_embeddings=text.tie_word_embeddings,
+        **taf,
+    )
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print sizes, matched layers and stages of a recipe, and what of its data is there."""
+    console = Console()
+    teacher_config, student_config = model_configs(recipe)
+    student = meta_model(student_config)
+    teacher = None if teacher_config is None else meta_model(teacher_config)
+    console.print(f"[bold]{recipe.name}[/bold]: {recipe.description}")
+    for role, model in (("teacher", teacher), ("student", student)):
+        if model is not None:
+            text = model.config.get_text_config(decoder=True)
+            console.print(
+                f"{role}: {model.config.model_type}, {_count(model):,} parameters; "
+                f"{text.num_hidden_layers} layers, {text.num_attention_heads} heads, "
+                f"width {text.hidden_size}, vocabulary {text.vocab_size:,}; "
+                f"{model.config.image_seq_length} visual tokens per image"
+            )
+    if teacher is not None and any(s.alignment_weight for s in recipe.stages):
+        aligner = VisualAttentionAligner(
+            teacher,
+            student,
+            preset=recipe.preset,
+            matching=recipe.matching,
+            layers=recipe.layers,
+            objective=recipe.objective,
+            layer_reduction=recipe.layer_reduction,
+        )
+        chosen = aligner.matches or {}
+        pairs = "; ".join(f"{s} <- {t[0]}..{t[-1]}" for s, t in chosen.items())
+        console.print(
+            f"alignment: {aligner.objective}, {aligner.layers} layers, {aligner.matching} matching, "
+            f"{aligner.layer_reduction} over layers; student <- teacher: {pairs or 'by calibration'}"
+        )
+    table = Table(title="stages")
+    for name in ("stage", "trained parameters", "LM", "KL", "alignment", "batch", "rate", "data"):
+        table.add_column(name)
+    for stage in recipe.stages:
+        full = stage.stage not in PROJECTOR_ONLY
+        set_trainable(student, projector=True, language_model=full and not stage.lora)
+        trained = f"{_count(student, trained=True):,}"
+        files = stage.data or recipe.data
+        table.add_row(
+            stage.stage,
+            trained + (f" + LoRA r{recipe.lora_r}" if full and stage.lora else ""),
+            f"{stage.lm_weight:g}",
+            f"{stage.kl_weight:g}",
+            f"{stage.alignment_weight:g}",
+            f"{stage.batch_size} x {stage.gradient_accumulation_steps} per process",
+            f"{stage.learning_rate:g}",
+            ", ".join(
+                f + ("" if f == MINIATURE or Path(f).exists() else " (absent)") for f in files
+            )
+            or "none given",
+        )
+    console.print(table)
+
+
+def _count(model: PreTrainedModel, trained: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)

@@ -1,0 +1,173 @@
+"""Loading teachers, students and processors, and making the student a run starts from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from cdfast.adapters import assemble_student, vision_tower
+from cdfast.config import MINIATURE, ConfigError, Recipe
+
+IMAGE_TOKEN = "<image>"
+
+
+def load_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's configuration.
+
+    Raises:
+        ConfigError: there is none; the message has the loader's reason.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {str(source)!r} cannot be loaded: {error} Expected a Hugging Face checkpoint "
+            "folder (config.json and safetensors) or a hub name."
+        ) from error
+
+
+def load_model(source: str | Path, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A vision-language or causal language model from a checkpoint folder or the hub.
+
+    Raises:
+        ConfigError: no configuration or no weights; the message has the loader's reason.
+    """
+    config = load_config(source, trust_remote_code)
+    is_vlm = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        or "vision_config" in config.sub_configs
+    )
+    loader = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    try:
+        return loader.from_pretrained(
+            source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {str(source)!r}: its weights cannot be loaded: {error}"
+        ) from error
+
+
+def teacher_source(recipe: Recipe) -> str | Path:
+    if recipe.teacher == MINIATURE:
+        from cdfast.synthetic import teacher_path
+
+        return teacher_path()
+    assert recipe.teacher is not None
+    return recipe.teacher
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """The processor both models use: the teacher's; without a teacher, the student's or a new one."""
+    options = {"trust_remote_code": recipe.trust_remote_code}
+    if recipe.teacher:
+        return AutoProcessor.from_pretrained(teacher_source(recipe), **options)
+    if recipe.vision_tower is None:
+        return AutoProcessor.from_pretrained(recipe.student, **options)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.student, **options)
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image_processor = AutoImageProcessor.from_pretrained(recipe.vision_tower, **options)
+    vision = AutoConfig.from_pretrained(recipe.vision_tower, **options)
+    vision = getattr(vision, "vision_config", vision)
+    # SigLIP has no class token; CLIP has one, which LLaVA leaves out ("default").
+    has_class_token = vision.model_type.startswith("clip")
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default" if has_class_token else "full",
+        num_additional_image_tokens=int(has_class_token),
+        image_token=IMAGE_TOKEN,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def new_llava(
+    language_model: PreTrainedModel, vision: str, processor: Any, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A LLaVA model from a language model and a vision encoder, with a new projector.
+
+    Features are those of the encoder's last layer but one, as in LLaVA.
+    """
+    tower = AutoModel.from_pretrained(vision, trust_remote_code=trust_remote_code)
+    tower = getattr(tower, "vision_model", tower)
+    config = tower.config
+    token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if token >= language_model.config.vocab_size:
+        language_model.resize_token_embeddings(token + 1)
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config,
+            text_config=language_model.config,
+            image_token_index=token,
+            image_seq_length=(config.image_size // config.patch_size) ** 2,
+            vision_feature_select_strategy=processor.vision_feature_select_strategy,
+            vision_feature_layer=-2,
+            tie_word_embeddings=language_model.config.tie_word_embeddings,
+        )
+    ).to(language_model.dtype)
+    llava.model.language_model.load_state_dict(language_model.base_model.state_dict())
+    llava.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+    inner = vision_tower(llava)[2]
+    inner.load_state_dict(tower.state_dict(), strict=False)
+    llava.tie_weights()
+    init_projector(llava)
+    return llava
+
+
+@torch.no_grad()
+def init_projector(model: PreTrainedModel) -> None:
+    """Weights of a new projector: std 1/sqrt(fan_in), no bias; a fetched P_t is left as it is."""
+    projector = model.model.multi_modal_projector
+    for name, layer in projector.named_modules():
+        if isinstance(layer, nn.Linear) and not name.startswith("teacher."):
+            layer.weight.normal_(std=1 / math.sqrt(layer.in_features))
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+
+def make_initial_student(recipe: Recipe, processor: Any, folder: Path) -> None:
+    """Write the student that the first stage starts from: assembled, with a new projector if due."""
+    source: str | Path = recipe.student
+    if source == MINIATURE:
+        from cdfast.synthetic import make_student
+
+        source = make_student(folder.with_name(folder.name + "-language-model"), recipe.seed)
+    torch.manual_seed(recipe.seed)
+    student = load_model(source, recipe.dtype, recipe.trust_remote_code)
+    is_vlm = hasattr(student.config, "vision_config")
+    if recipe.teacher:
+        if recipe.taf or not is_vlm:
+            teacher = load_model(teacher_source(recipe), recipe.dtype, recipe.trust_remote_code)
+            student = assemble_student(
+                teacher, student, taf=recipe.taf, student_projector=recipe.student_projector
+            )
+            init_projector(student)
+    elif not is_vlm:
+        if recipe.vision_tower is None:
+            raise ConfigError(
+                f"student: {recipe.student!r} is a language model without a vision encoder, and "
+                "there is no teacher to take one from. Give --vision-tower PATH."
+            )
+        student = new_llava(student, recipe.vision_tower, processor, recipe.trust_remote_code)
+    student.save_pretrained(folder)
+    processor.save_pretrained(folder)

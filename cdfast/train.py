@@ -1,0 +1,404 @@
+"""The command: `torchrun [--nproc-per-node N] -m cdfast.train [RECIPE|FILE.yaml] [--option value]`.
+
+A run is a list of stages. Each stage loads the student that the one before has written, trains it
+with `DistillationTrainer`, and writes the next: the same path whether the run is new or resumed.
+
+    <output_dir>/recipe.yaml              the resolved recipe
+    <output_dir>/student-init/            the student before training
+    <output_dir>/stages/1-dpt/            checkpoints, logs and the student after the stage
+    <output_dir>/model/                   the trained student, for from_pretrained
+    <output_dir>/results.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+
+from cdfast.adapters import set_trainable, share_vision_tower
+from cdfast.config import (
+    MINIATURE,
+    PROJECTOR_ONLY,
+    ConfigError,
+    Recipe,
+    StageRecipe,
+    load_recipe,
+    override,
+    parse_command_line,
+    recipe_files,
+    to_dict,
+)
+from cdfast.images import DataError
+from cdfast.models import load_model, load_processor, make_initial_student, teacher_source
+from cdfast.report import print_summary, write_report
+from cdfast.results import measure, probe_batch, run_environment
+
+STAGE_FILE = "stage.json"
+RESULTS_FILE = "results.json"
+# Trainer settings that a recipe's `arguments` may change.
+_DEFAULT_ARGUMENTS: dict[str, Any] = {
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+
+@dataclass
+class Run:
+    """One recipe on its way through the stages."""
+
+    recipe: Recipe
+    folder: Path
+    processor: Any
+    state: PartialState
+    teacher: PreTrainedModel | None = None
+
+    @property
+    def initial_student(self) -> Path:
+        return self.folder / "student-init"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    def stage_folder(self, number: int) -> Path:
+        return self.folder / "stages" / f"{number}-{self.recipe.stages[number - 1].stage}"
+
+    def student_after(self, number: int) -> Path:
+        """Where stage `number` (1-based) leaves the student; 0 is before the first."""
+        if number == 0:
+            return self.initial_student
+        last = number == len(self.recipe.stages)
+        return self.model if last else self.stage_folder(number) / "model"
+
+    def say(self, text: str) -> None:
+        if self.state.is_main_process:
+            print(text, flush=True)
+
+
+def stage_dataset(run: Run, number: int) -> Any:
+    """The encoded training samples of a stage."""
+    from cdfast.data import EncodedSamples, load_dataset
+
+    recipe, stage = run.recipe, run.recipe.stages[number - 1]
+    data = stage.data or recipe.data
+    if data == [MINIATURE]:
+        from cdfast.synthetic import SceneDataset
+
+        steps = stage.max_steps
+        per_step = stage.batch_size * stage.gradient_accumulation_steps * run.state.num_processes
+        scenes = SceneDataset(
+            "train",
+            seed=recipe.seed * 100 + number,
+            size=steps * per_step,
+            **({"turns_mix": stage.turns_mix} if stage.turns_mix else {}),
+        )
+        return EncodedSamples(scenes, run.processor, turns=recipe.turns)
+    return load_dataset(
+        data,
+        stage.image_root or recipe.image_root,
+        run.processor,
+        max_length=recipe.max_length,
+        turns=recipe.turns,
+        on_error=recipe.on_error,
+        max_pixels=recipe.max_pixels,
+    )
+
+
+def stage_arguments(run: Run, number: int) -> Any:
+    """`DistillationConfig` of a stage."""
+    from cdfast.trainer import DistillationConfig
+
+    recipe, stage = run.recipe, run.recipe.stages[number - 1]
+    cuda = torch.cuda.is_available()
+    # transformers 5.23 renames gradient_ to activation_checkpointing; 5.17 has the old name.
+    names = {f.name for f in fields(DistillationConfig)}
+    prefix = "activation" if "activation_checkpointing" in names else "gradient"
+    values: dict[str, Any] = {
+        **_DEFAULT_ARGUMENTS,
+        "output_dir": str(run.stage_folder(number)),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "use_cpu": not cuda,
+        "dataloader_num_workers": recipe.workers,
+        "num_train_epochs": stage.epochs,
+        "max_steps": stage.max_steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
+        "learning_rate": stage.learning_rate,
+        "muon_learning_rate": stage.muon_learning_rate,
+        "lr_scheduler_type": stage.lr_scheduler_type,
+        "warmup_steps": stage.warmup,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "lm_weight": stage.lm_weight,
+        "kl_weight": stage.kl_weight,
+        "alignment_weight": stage.alignment_weight,
+        **{
+            name: getattr(recipe, name)
+            for name in (
+                "preset",
+                "objective",
+                "matching",
+                "layers",
+                "layer_reduction",
+                "backend",
+                "unshifted_kl_mask",
+            )
+        },
+        f"{prefix}_checkpointing": stage.gradient_checkpointing,
+        **recipe.arguments,
+        **stage.arguments,
+    }
+    return DistillationConfig(**values)
+
+
+def load_stage_student(run: Run, number: int) -> Any:
+    """The student of the stage before, with what this stage trains set, LoRA around it if asked."""
+    recipe, stage = run.recipe, run.recipe.stages[number - 1]
+    student = load_model(run.student_after(number - 1), recipe.dtype, recipe.trust_remote_code)
+    if run.teacher is not None and recipe.share_vision_tower:
+        share_vision_tower(run.teacher, student)
+    full = stage.stage not in PROJECTOR_ONLY
+    set_trainable(student, projector=True, language_model=full and not stage.lora)
+    if not (full and stage.lora):
+        return student
+    from peft import LoraConfig, get_peft_model
+
+    # P_s trains in full beside the adapters and belongs to their checkpoints; P_t stays frozen.
+    projector = student.model.multi_modal_projector
+    trained = [n for n in ("linear_1", "linear_2") if getattr(projector, n, None) is not None]
+    config = LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        modules_to_save=[f"multi_modal_projector.{name}" for name in trained],
+    )
+    return get_peft_model(student, config)
+
+
+def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
+    """Train one stage, or read what it has left if it is done. Returns its log and timings."""
+    from cdfast.encoding import VisionTextCollator
+    from cdfast.trainer import DistillationTrainer
+
+    stage, folder = run.recipe.stages[number - 1], run.stage_folder(number)
+    if (folder / STAGE_FILE).exists():
+        run.say(f"stage {number} ({stage.stage}): done already")
+        return json.loads((folder / STAGE_FILE).read_text())
+    if stage.needs_teacher and run.teacher is None:
+        run.teacher = load_model(
+            teacher_source(run.recipe), run.recipe.teacher_dtype, run.recipe.trust_remote_code
+        )
+    student = load_stage_student(run, number)
+    tokenizer = run.processor.tokenizer
+    trainer = DistillationTrainer(
+        model=student,
+        teacher=run.teacher if stage.needs_teacher else None,
+        args=stage_arguments(run, number),
+        train_dataset=stage_dataset(run, number),
+        data_collator=VisionTextCollator(tokenizer.pad_token_id),
+        processing_class=run.processor,
+    )
+    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
+    of = len(run.recipe.stages)
+    matches = trainer.aligner.matches if trainer.aligner else None
+    run.say(f"stage {number} of {of} ({stage.stage}): " + _describe(student, stage, matches))
+    if checkpoint:
+        run.say(f"resuming from {checkpoint}")
+    start = time.monotonic()
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - start
+    _export(run, trainer, number)
+    skipped = getattr(trainer.train_dataset, "skipped", None)
+    result = {
+        "stage": stage.stage,
+        "steps": output.global_step,
+        "seconds": round(seconds, 2),
+        "samples_per_second": output.metrics.get("train_samples_per_second"),
+        "matches": {str(k): list(v) for k, v in matches.items()} if matches else None,
+        "skipped": dict(skipped) if skipped else {},
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    if run.state.is_main_process:
+        _write_json(folder / STAGE_FILE, result)
+    run.state.wait_for_everyone()
+    return result
+
+
+def _describe(student: Any, stage: StageRecipe, matches: Any) -> str:
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    weights = f"LM {stage.lm_weight:g} + KL {stage.kl_weight:g}"
+    text = f"{trained:,} trained parameters; {weights} + alignment {stage.alignment_weight:g}"
+    if matches:
+        pairs = "; ".join(f"{s} <- {','.join(map(str, t))}" for s, t in matches.items())
+        text += f"; student layer <- teacher layers: {pairs}"
+    return text
+
+
+def _export(run: Run, trainer: Any, number: int) -> None:
+    """Write the student after a stage: plain weights, LoRA merged; complete or not there at all."""
+    target = run.student_after(number)
+    if run.state.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        run.processor.save_pretrained(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    run.state.wait_for_everyone()
+
+
+def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, Any]:
+    """Run all stages of a recipe in `folder`, evaluate, and write results and report.
+
+    Returns:
+        What results.json holds.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    results_path = folder / RESULTS_FILE
+    if resume and results_path.exists():
+        return json.loads(results_path.read_text())
+    processor = load_processor(recipe)
+    run = Run(recipe, folder, processor, state)
+    start = time.monotonic()
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
+        if not (run.initial_student / "config.json").exists():
+            run.say("preparing the student")
+            partial = folder / "student-init.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            make_initial_student(recipe, processor, partial)
+            partial.rename(run.initial_student)
+    state.wait_for_everyone()
+    stages = [run_stage(run, n, resume) for n in range(1, len(recipe.stages) + 1)]
+    results: dict[str, Any] = {}
+    if state.is_main_process:
+        results = {
+            "name": recipe.name,
+            "recipe": to_dict(recipe),
+            "environment": run_environment(state.num_processes),
+            "stages": stages,
+            **measure(
+                recipe,
+                processor,
+                run.initial_student,
+                run.model,
+                run.teacher,
+                probe_batch(stage_dataset(run, len(stages)), processor.tokenizer.pad_token_id),
+            ),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        _write_json(results_path, results)
+    state.wait_for_everyone()
+    return results
+
+
+def run_compare(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """The recipe and its variants, each in a folder of its own, and one table over all."""
+    if not recipe.compare:
+        raise ConfigError(f"--compare: the recipe {recipe.name!r} names no variants under compare.")
+    results = {recipe.name: run_recipe(recipe, folder, resume)}
+    for name, options in recipe.compare.items():
+        variant = override(recipe, {**options, "name": name})
+        results[name] = run_recipe(variant, folder / "compare" / name, resume)
+    if PartialState().is_main_process:
+        _write_json(folder / "compare.json", results)
+        write_report(folder, results)
+        print_summary(results, folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.rename(path)
+
+
+def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
+    """Where the run goes: --output-dir, or the first free runs/<name>[-n] (newest on resume).
+
+    Raises:
+        ConfigError: the folder has a run already and neither --resume nor --overwrite is given, or
+            there is nothing to resume.
+    """
+    if recipe.output_dir is None:
+        slug = re.sub(r"[^\w.-]+", "-", recipe.name)
+        taken = [Path("runs") / (slug if n == 1 else f"{slug}-{n}") for n in range(1, 10_000)]
+        existing = [path for path in taken if path.exists()]
+        if resume:
+            if not existing:
+                raise ConfigError(f"--resume: there is no run of {recipe.name!r} in runs/.")
+            return max(existing, key=lambda path: path.stat().st_mtime)
+        return next(path for path in taken if not path.exists())
+    folder = Path(recipe.output_dir)
+    if overwrite and (folder / "recipe.yaml").exists():
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()) and not resume:
+        raise ConfigError(
+            f"output_dir: {folder} is not empty. Give --resume to continue the run in it, "
+            "--overwrite to delete it, or another --output-dir."
+        )
+    return folder
+
+
+def list_recipes() -> None:
+    """Print the shipped recipes."""
+    for name in recipe_files():
+        recipe = load_recipe(name)
+        print(f"{name:24} {recipe.description}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m cdfast.train`."""
+    try:
+        recipe, flags = parse_command_line(sys.argv[1:] if argv is None else argv)
+        if recipe is None:
+            return list_recipes()
+        recipe.check_runnable()
+        if flags.dry_run:
+            from cdfast.dry_run import dry_run
+
+            return dry_run(recipe)
+        state = PartialState(cpu=not torch.cuda.is_available())
+        # Rank 0 decides, because all ranks look at a folder that it is about to fill.
+        chosen: list[Any] = [None]
+        if state.is_main_process:
+            try:
+                chosen = [output_folder(recipe, resume=flags.resume, overwrite=flags.overwrite)]
+            except ConfigError as error:
+                chosen = [error]
+        chosen = broadcast_object_list(chosen)
+        if isinstance(chosen[0], ConfigError):
+            raise chosen[0]
+        folder = chosen[0]
+        if flags.compare:
+            return run_compare(recipe, folder, flags.resume)
+        results = run_recipe(recipe, folder, flags.resume)
+        if state.is_main_process:
+            write_report(folder, {recipe.name: results})
+            print_summary({recipe.name: results}, folder)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Encoded samples of unequal lengths for the trainer's tests: with and without an image."""
+
+import torch
+
+from tests.cdfast.tiny_models import IMAGE_TOKEN, NUM_VISUAL
+
+
+class TinySamples(torch.utils.data.Dataset):
+    """`size` samples as `cdfast.encoding.encode` returns them; every fourth has no image."""
+
+    def __init__(self, size, seed=0, text_only_every=4):
+        self.size, self.seed, self.text_only_every = size, seed, text_only_every
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(1000 * self.seed + index)
+        with_image = not self.text_only_every or index % self.text_only_every != 3
+        question, answer = 3 + index % 4, 2 + 3 * (index % 3)
+        text = torch.randint(3, IMAGE_TOKEN, (question + answer,), generator=generator)
+        head = [1] + [IMAGE_TOKEN] * NUM_VISUAL if with_image else [1]
+        ids = torch.cat([torch.tensor(head), text])
+        labels = ids.clone()
+        labels[: len(head) + question] = -100
+        images = {}
+        if with_image:
+            images["pixel_values"] = torch.randn(1, 3, 16, 16, generator=generator)
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "images": images,
+            "source": f"tiny, sample {index}",
+        }
