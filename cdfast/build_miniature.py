@@ -100,7 +100,7 @@ TEACHER_STAGES = (
     Stage((0, 3, 5, 0, 0, 0), 200, 11),
     Stage((0, 1, 1, 6, 0, 0), 400, 12),
     Stage((0, 2, 1, 1, 3, 2), 700, 13, decay=True),
-    Stage((0, 1, 0, 2, 4, 2), 400, 14, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
+    Stage((0, 3, 0, 1, 3, 2), 300, 14, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
 )
 TEXT_ONLY_STAGES = (Stage((0, 2, 1, 1, 3, 2), 300, 21, decay=True),)
 

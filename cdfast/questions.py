@@ -33,9 +33,9 @@ VQA_CHOICES = {
 VQA_KINDS = tuple(VQA_CHOICES)
 TURN_KINDS = ("list", "vqa", "loc", "rel", "verify", "ab")
 
-# How often each kind is drawn for training turns; relations are the hardest to learn.
+# How often each kind is drawn for training turns; relations and counts are the hardest to learn.
 DEFAULT_CR_WEIGHTS = dict(zip(CR_KINDS, (2, 3, 3, 1, 1, 1, 1)))
-VQA_WEIGHTS = dict(zip(VQA_KINDS, (0.25, 0.4, 0.1, 0.25)))
+VQA_WEIGHTS = dict(zip(VQA_KINDS, (0.2, 0.3, 0.3, 0.2)))
 KIND_ATTEMPTS = 20
 
 Turn = tuple[str, str]
