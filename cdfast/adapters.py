@@ -36,8 +36,8 @@ def register_taf_classes() -> None:
 class SharedVisionTower(nn.Module):
     """Stands for the vision towers of two models and runs the one frozen tower once per batch.
 
-    The tower itself is no registered child: optimizers, DDP and sharding see no parameters here, yet
-    `state_dict` contains them under the names that a checkpoint of either model expects.
+    The tower itself is no registered child: optimizers, DDP and sharding see no parameters here,
+    yet `state_dict` contains them under the names that a checkpoint of either model expects.
 
     Attributes:
         runs: number of forwards of the tower.
@@ -142,8 +142,9 @@ def _require_equal_towers(theirs: nn.Module, ours: nn.Module) -> None:
     if differing:
         raise ValueError(
             f"vision encoder: expected teacher and student to have the same frozen one; "
-            f"{differing[0]} differs ({len(differing)} in all). Build the student from the teacher's "
-            "encoder, or distil without sharing and without TAF (share_vision_tower=False, taf=False)."
+            f"{differing[0]} differs ({len(differing)} in all). Build the student from the "
+            "teacher's encoder, or distil without sharing and without TAF "
+            "(share_vision_tower=False, taf=False)."
         )
 
 
@@ -186,7 +187,7 @@ def assemble_student(
         text_config = language_model.config.get_text_config(decoder=True)
 
     if is_llava and not taf:
-        student: PreTrainedModel = language_model
+        student: Any = language_model
     else:
         shared: dict[str, Any] = {
             name: getattr(teacher.config, name)
@@ -203,7 +204,7 @@ def assemble_student(
         shared["text_config"] = copy.deepcopy(text_config)
         shared["tie_word_embeddings"] = language_model.config.tie_word_embeddings
         if taf:
-            config: LlavaConfig = CdfastLlavaConfig(
+            config = CdfastLlavaConfig(
                 **shared,
                 teacher_hidden_size=teacher.config.text_config.hidden_size,
                 student_projector=student_projector,

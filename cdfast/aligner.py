@@ -103,8 +103,9 @@ def image_token_id(model: PreTrainedModel) -> int:
         if isinstance(value, int):
             return value
     raise ValueError(
-        f"{model.config.model_type}: expected image_token_id in the model's configuration, by which "
-        "visual tokens are found; it has none. Visual alignment needs a vision-language model."
+        f"{model.config.model_type}: expected image_token_id in the model's configuration, by "
+        "which visual tokens are found; it has none. Visual alignment needs a vision-language "
+        "model."
     )
 
 
@@ -127,8 +128,8 @@ class VisualAttentionAligner:
     ```
 
     Args:
-        teacher, student: Hugging Face vision-language models that share tokenizer and visual tokens.
-            Their text attention is switched to cdfast's.
+        teacher, student: Hugging Face vision-language models that share tokenizer and visual
+            tokens. Their text attention is switched to cdfast's.
         preset: "paper" (all rows, `row`, intermediate layers, group matching, mean over layers) or
             "official" (`pooled`, the authors' layer table where it has the depths, else
             intermediate and group, sum over layers). The arguments below override it.
@@ -159,8 +160,8 @@ class VisualAttentionAligner:
     ):
         if preset not in PRESETS:
             raise ValueError(
-                f"preset: expected one of {', '.join(PRESETS)}; got {preset!r}. 'paper' follows the "
-                "paper, 'official' its authors' code."
+                f"preset: expected one of {', '.join(PRESETS)}; got {preset!r}. 'paper' follows "
+                "the paper, 'official' its authors' code."
             )
         chosen = PRESETS[preset]
         self.preset = preset
@@ -176,8 +177,8 @@ class VisualAttentionAligner:
         if image_token_id(teacher) != self.image_token_id:
             raise ValueError(
                 f"image_token_id: expected the same id in teacher and student; got "
-                f"{image_token_id(teacher)} and {self.image_token_id}. Teacher and student must see "
-                "the same batch: use one tokenizer for both."
+                f"{image_token_id(teacher)} and {self.image_token_id}. Teacher and student must "
+                "see the same batch: use one tokenizer for both."
             )
         use_cdfast_attention(teacher)
         use_cdfast_attention(student)
@@ -233,8 +234,8 @@ class VisualAttentionAligner:
         missing = sorted(set(context.targets) - set(context.losses))
         if missing:
             raise RuntimeError(
-                f"layers {missing} of the student returned no alignment loss: expected the model to "
-                "hand unknown keyword arguments on to its attention layers. Is it wrapped in "
+                f"layers {missing} of the student returned no alignment loss: expected the model "
+                "to hand unknown keyword arguments on to its attention layers. Is it wrapped in "
                 "something that drops the `alignment` argument?"
             )
         losses = torch.stack([context.losses[layer] for layer in sorted(context.losses)])
@@ -294,8 +295,8 @@ class VisualAttentionAligner:
     def _matches(self) -> Matches:
         if self.matches is None:
             raise RuntimeError(
-                "matching='adaptive' has chosen no layers yet: call aligner.calibrate(**batch) on a "
-                "representative batch first, or load_state_dict from a checkpoint."
+                "matching='adaptive' has chosen no layers yet: call aligner.calibrate(**batch) on "
+                "a representative batch first, or load_state_dict from a checkpoint."
             )
         return self.matches
 

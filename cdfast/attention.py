@@ -1,10 +1,10 @@
 """The only seam to Hugging Face attention: what a decoder layer calls while a batch is aligned.
 
-`use_cdfast_attention(model)` selects the function below for the text model alone. Everything a layer
-needs to know about the batch travels as the model keyword argument `alignment=AlignmentContext(...)`:
-global or context-manager state breaks under activation checkpointing, where layers run again during
-the backward pass. Without that argument the model computes stock attention, so it generates and
-evaluates as before.
+`use_cdfast_attention(model)` selects the function below for the text model alone. Everything a
+layer needs to know about the batch travels as the model keyword argument
+`alignment=AlignmentContext(...)`: global or context-manager state breaks under activation
+checkpointing, where layers run again during the backward pass. Without that argument the model
+computes stock attention, so it generates and evaluates as before.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def cdfast_attention_forward(
     alignment: AlignmentContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one decoder layer: q (B, H, N, d), k, v (B, Hk, N, d) -> ((B, N, H, d), None)."""
+    """Attention of a decoder layer: q (B, H, N, d), k, v (B, Hk, N, d) -> ((B, N, H, d), None)."""
     # Under autocast, rotary embeddings leave q and k in float32 while v is in half precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if alignment is None:
@@ -160,7 +160,7 @@ def cdfast_attention_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """SDPA's mask for a causal text model; any other kind of mask is refused by the model's name."""
+    """SDPA's mask for a causal text model; any other kind is refused by the model's name."""
     if mask_function is not causal_mask_function:
         name = getattr(config, "model_type", "this model")
         raise ValueError(
@@ -180,7 +180,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, cdfast_attention_mask)
 
 
 def text_config_name(model: PreTrainedModel) -> str | None:
-    """Name of the configuration of the text model inside `model.config`; None if it is the model."""
+    """Name of the text model's configuration inside `model.config`; None if it is the model."""
     text_config = model.config.get_text_config(decoder=True)
     if text_config is model.config:
         return None
@@ -211,8 +211,8 @@ def use_cdfast_attention(model: PreTrainedModel) -> None:
         reason = "its attention does not go through transformers' AttentionInterface"
     if reason:
         raise ValueError(
-            f"{model_type}: visual alignment cannot be used, because {reason}. Expected full causal "
-            "attention through AttentionInterface in every decoder layer."
+            f"{model_type}: visual alignment cannot be used, because {reason}. Expected full "
+            "causal attention through AttentionInterface in every decoder layer."
         )
     name = text_config_name(model)
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})

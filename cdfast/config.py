@@ -366,9 +366,11 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
             if title == "stage" and f.name in {r.name for r in _RECIPE_FIELDS}:
                 continue
             default = f.default if f.default is not dataclasses.MISSING else []
+            several = "list" in str(f.type)
             section.add_argument(
                 f"--{f.name.replace('_', '-')}",
-                **({"nargs": "*"} if "list" in str(f.type) else {"nargs": "?", "const": "true"}),
+                nargs="*" if several else "?",
+                const=None if several else "true",
                 default=argparse.SUPPRESS,
                 help=f"{f.metadata['help']} (recipe default: {default})".replace("%", "%%"),
             )

@@ -103,7 +103,7 @@ def student_step(
 
 
 def add_student_step(student: PreTrainedModel) -> None:
-    """Make `student(..., task=StudentTask(...))` return `student_step`; other calls stay as they are."""
+    """Make `student(..., task=StudentTask(...))` return `student_step`; other calls stay as is."""
     if hasattr(student.forward, "cdfast_stock_forward"):
         return
     stock_forward = student.forward

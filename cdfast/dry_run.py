@@ -117,8 +117,9 @@ def dry_run(recipe: Recipe) -> None:
         chosen = aligner.matches or {}
         pairs = "; ".join(f"{s} <- {t[0]}..{t[-1]}" for s, t in chosen.items())
         console.print(
-            f"alignment: {aligner.objective}, {aligner.layers} layers, {aligner.matching} matching, "
-            f"{aligner.layer_reduction} over layers; student <- teacher: {pairs or 'by calibration'}"
+            f"alignment: {aligner.objective}, {aligner.layers} layers, "
+            f"{aligner.matching} matching, {aligner.layer_reduction} over layers; "
+            f"student <- teacher: {pairs or 'by calibration'}"
         )
     table = Table(title="stages")
     for name in ("stage", "trained parameters", "LM", "KL", "alignment", "batch", "rate", "data"):

@@ -79,7 +79,8 @@ def kl_loss_sum(
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     shared = min(student_weight.shape[0], teacher_weight.shape[0])
-    # Its defaults mix in half a cross-entropy and a symmetric divergence: beta = 0 is the forward KL.
+    # Its defaults mix in half a cross-entropy and a symmetric divergence; beta = 0 is the forward
+    # KL.
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
     )

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 LAYER_RANGES = ("early", "intermediate", "later", "all")
 MATCHINGS = ("group", "simple", "adaptive")
 
-# The authors' code: a 24-layer student aligns layers 8..14; by teacher depth, the teacher layer where
-# the window of the first student layer starts and the length of the window.
+# The authors' code: a 24-layer student aligns layers 8..14; by teacher depth, the teacher layer
+# where the window of the first student layer starts and the length of the window.
 _OFFICIAL_STUDENT_DEPTH = 24
 _OFFICIAL_STUDENT_LAYERS = range(8, 15)
 _OFFICIAL_WINDOWS = {40: (13, 5), 28: (9, 3), 32: (11, 3), 24: (8, 2)}
@@ -21,7 +21,7 @@ Matches = dict[int, tuple[int, ...]]
 
 
 def layers_in_range(depth: int, layers: str) -> list[int]:
-    """0-based layers i of a model of `depth` layers whose relative depth (i + 0.5)/depth is in range.
+    """0-based layers i of a model of `depth` layers with relative depth (i + 0.5)/depth in range.
 
     Args:
         depth: number of decoder layers, >= 1.
@@ -57,7 +57,7 @@ def layers_in_range(depth: int, layers: str) -> list[int]:
 
 
 def match_group(student_layers: Sequence[int], teacher_layers: Sequence[int]) -> Matches:
-    """Sliding windows: student layer j is aligned with the mean map of its window of teacher layers.
+    """Sliding windows: student layer j is aligned with the mean map of a window of teacher layers.
 
     With k student and m >= k teacher layers, the window has n = m - k + 1 layers and starts at
     teacher layer j (in order). With m < k the window is one layer, floor(j m / k).

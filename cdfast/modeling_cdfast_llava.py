@@ -1,11 +1,13 @@
 """LLaVA student with a fetched teacher adapter (TAF): x_v = P_s(P_t(z)).
 
-Self-contained: the file travels with a saved checkpoint, so that `trust_remote_code=True` loads it in
-a process that has never heard of cdfast. It must import nothing but torch and transformers.
+Self-contained: the file travels with a saved checkpoint, so that `trust_remote_code=True` loads it
+in a process that has never heard of cdfast. It must import nothing but torch and transformers.
 
 Source: CompoDistill, "teacher adapter fetch"; the authors' code uses one linear layer for P_s
 (`student_projector="linear"`), the paper says a light MLP (`"mlp"`, the default).
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,15 +31,15 @@ class CdfastLlavaConfig(LlavaConfig):
 class FetchedAdapterProjector(nn.Module):
     """P_s(P_t(z)): the teacher's adapter, then the student's.
 
-    P_t has the parameter names of `LlavaMultiModalProjector`, so that its state dict loads as it is.
+    P_t has the parameter names of `LlavaMultiModalProjector`, so that its state dict loads as is.
     """
 
     def __init__(self, config: CdfastLlavaConfig):
         super().__init__()
         if config.teacher_hidden_size is None:
             raise ValueError(
-                "teacher_hidden_size: expected the width of the teacher's language model; got None. "
-                "Set it in CdfastLlavaConfig."
+                "teacher_hidden_size: expected the width of the teacher's language model; got "
+                "None. Set it in CdfastLlavaConfig."
             )
         if config.student_projector not in ("mlp", "linear"):
             raise ValueError(
@@ -45,13 +47,18 @@ class FetchedAdapterProjector(nn.Module):
             )
         layer = config.vision_feature_layer
         num_layers = 1 if isinstance(layer, int) else len(layer)
-        vision_width = config.vision_config.hidden_size * num_layers
+        vision: Any = config.vision_config
+        text: Any = config.text_config
+        vision_width = vision.hidden_size * num_layers
         teacher_width = config.teacher_hidden_size
-        width = config.text_config.hidden_size
+        width = text.hidden_size
         bias = config.multimodal_projector_bias
-        self.teacher = nn.Module()
-        self.teacher.linear_1 = nn.Linear(vision_width, teacher_width, bias=bias)
-        self.teacher.linear_2 = nn.Linear(teacher_width, teacher_width, bias=bias)
+        self.teacher = nn.ModuleDict(
+            {
+                "linear_1": nn.Linear(vision_width, teacher_width, bias=bias),
+                "linear_2": nn.Linear(teacher_width, teacher_width, bias=bias),
+            }
+        )
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_1 = nn.Linear(teacher_width, width, bias=bias)
         self.linear_2 = (
@@ -59,7 +66,7 @@ class FetchedAdapterProjector(nn.Module):
         )
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        hidden = self.teacher.linear_2(self.act(self.teacher.linear_1(image_features)))
+        hidden = self.teacher["linear_2"](self.act(self.teacher["linear_1"](image_features)))
         hidden = self.linear_1(hidden)
         return hidden if self.linear_2 is None else self.linear_2(self.act(hidden))
 
@@ -69,7 +76,7 @@ class CdfastLlavaModel(LlavaModel):
 
     def __init__(self, config: CdfastLlavaConfig):
         super().__init__(config)
-        self.multi_modal_projector = FetchedAdapterProjector(config)
+        self.multi_modal_projector = FetchedAdapterProjector(config)  # type: ignore[assignment]
         self.post_init()
 
 

@@ -76,7 +76,7 @@ def teacher_source(recipe: Recipe) -> str | Path:
 
 
 def load_processor(recipe: Recipe) -> Any:
-    """The processor both models use: the teacher's; without a teacher, the student's or a new one."""
+    """The processor of both models: the teacher's; without one, the student's or a new one."""
     options = {"trust_remote_code": recipe.trust_remote_code}
     if recipe.teacher:
         return AutoProcessor.from_pretrained(teacher_source(recipe), **options)
@@ -114,7 +114,7 @@ def new_llava(
     token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if token >= language_model.config.vocab_size:
         language_model.resize_token_embeddings(token + 1)
-    llava = LlavaForConditionalGeneration(
+    llava: Any = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=config,
             text_config=language_model.config,
@@ -124,7 +124,8 @@ def new_llava(
             vision_feature_layer=-2,
             tie_word_embeddings=language_model.config.tie_word_embeddings,
         )
-    ).to(language_model.dtype)
+    )
+    llava = llava.to(language_model.dtype)
     llava.model.language_model.load_state_dict(language_model.base_model.state_dict())
     llava.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
     inner = vision_tower(llava)[2]
@@ -146,7 +147,7 @@ def init_projector(model: PreTrainedModel) -> None:
 
 
 def make_initial_student(recipe: Recipe, processor: Any, folder: Path) -> None:
-    """Write the student that the first stage starts from: assembled, with a new projector if due."""
+    """Write the student the first stage starts from: assembled, with a new projector if due."""
     source: str | Path = recipe.student
     if source == MINIATURE:
         from cdfast.synthetic import make_student

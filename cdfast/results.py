@@ -25,7 +25,7 @@ PROBE_SAMPLES = 32
 
 def run_environment(processes: int) -> dict[str, Any]:
     """Versions, device, command and peak memory of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = version(name)
@@ -114,7 +114,7 @@ def measure(
     teacher: PreTrainedModel | None,
     probe: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything results.json holds beside the stages: `evaluation` and `similarity` where defined."""
+    """What results.json holds beside the stages: `evaluation` and `similarity` where defined."""
     result: dict[str, Any] = {}
     if teacher is None and recipe.teacher:
         teacher = load_model(teacher_source(recipe), "float32", recipe.trust_remote_code).eval()

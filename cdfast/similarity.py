@@ -49,7 +49,7 @@ def visual_maps(
 
 
 def similarity_rows(layout: VisualLayout, rows: str = "all") -> Tensor:
-    """(B, N) bool: rows that see a visual key; with rows="text" only those that are no visual token."""
+    """(B, N) bool: rows that see a visual key; with rows="text" only those of text tokens."""
     if rows not in ("all", "text"):
         raise ValueError(f"rows: expected 'all' or 'text'; got {rows!r}.")
     sees = (layout.dense_mask() & layout.visual_mask[:, None, :]).any(-1)
@@ -66,7 +66,11 @@ def map_similarity(a: VisualMap, b: VisualMap, rows: Tensor) -> Tensor:
     Returns:
         Scalar float32; NaN if there is no row.
     """
-    x, y = a.to_dense().float()[rows], b.to_dense().float()[rows]
+    dense_a, dense_b = a.to_dense(), b.to_dense()
+    # Packed maps are lists, and have no (B, N) rows.
+    assert isinstance(dense_a, Tensor)
+    assert isinstance(dense_b, Tensor)
+    x, y = dense_a.float()[rows], dense_b.float()[rows]
     norm = x.norm(dim=-1) * y.norm(dim=-1)
     cosine = torch.where(norm > 0, (x * y).sum(-1) / norm.clamp_min(1e-30), 1.0)
     return cosine.mean()

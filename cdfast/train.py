@@ -101,11 +101,9 @@ def stage_dataset(run: Run, number: int) -> Any:
 
         steps = stage.max_steps
         per_step = stage.batch_size * stage.gradient_accumulation_steps * run.state.num_processes
+        mix: dict[str, Any] = {"turns_mix": stage.turns_mix} if stage.turns_mix else {}
         scenes = SceneDataset(
-            "train",
-            seed=recipe.seed * 100 + number,
-            size=steps * per_step,
-            **({"turns_mix": stage.turns_mix} if stage.turns_mix else {}),
+            "train", seed=recipe.seed * 100 + number, size=steps * per_step, **mix
         )
         return EncodedSamples(scenes, run.processor, turns=recipe.turns)
     return load_dataset(

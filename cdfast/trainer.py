@@ -77,7 +77,8 @@ class DistillationConfig(TrainingArguments):
         if on and not (self.gradient_checkpointing_kwargs or getattr(self, f"{options}_kwargs")):
             setattr(self, f"{options}_kwargs", {"use_reentrant": False})
         super().__post_init__()
-        if on and self.gradient_checkpointing_kwargs.get("use_reentrant"):
+        kwargs = self.gradient_checkpointing_kwargs
+        if on and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs: expected use_reentrant=False; got True. Reentrant "
                 "checkpointing loses the gradient of the alignment loss."
@@ -163,7 +164,9 @@ class DistillationTrainer(Trainer):
         # compute_loss returns sums over global counts, so the parent must not divide again.
         self.model_accepts_loss_kwargs = True
         if self.teacher is not None:
-            self.teacher.to(args.device)
+            # As nn.Module: the decorator around PreTrainedModel.to hides its signature from mypy.
+            module: nn.Module = self.teacher
+            module.to(args.device)
         self._sums_since_log: dict[str, Tensor] = {}
         self._steps_since_log = 0
 
@@ -196,15 +199,18 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sums of this micro-batch over the counts of the whole global step.
 
         DDP averages gradients over ranks, so the loss is multiplied by their number: the gradient
         is then that of the global sum over the global count.
         """
+        assert not isinstance(num_items_in_batch, int)  # get_batch_samples returns a tensor
         training = num_items_in_batch is not None
-        counts = num_items_in_batch if training else self._counts(inputs).to(self.args.device)
+        counts = num_items_in_batch
+        if counts is None:
+            counts = self._counts(inputs).to(self.args.device)
         if self.aligner is not None and self.aligner.matches is None:
             self.aligner.calibrate(**inputs)
         teacher = None
@@ -238,11 +244,12 @@ class DistillationTrainer(Trainer):
         loss = total * self.accelerator.num_processes if training else total
         return (loss, {"loss": total, **means}) if return_outputs else loss
 
-    # -- what users of Trainer see -------------------------------------------------------------------
+    # -- what users of Trainer see -----------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's optimizer, or Muon with AdamW if `muon_learning_rate` is set."""
         if self.optimizer is None and self.args.muon_learning_rate is not None:
+            assert self.model is not None
             self.optimizer = muon_with_adamw(
                 self.model,
                 lr=self.args.learning_rate,
@@ -253,7 +260,7 @@ class DistillationTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds loss_lm, loss_kl and loss_alignment: unweighted, means over the steps since the last."""
+        """Adds loss_lm, loss_kl, loss_alignment: unweighted means over the steps since the last."""
         if "loss" in logs and self._steps_since_log > 0:
             for name, value in self._sums_since_log.items():
                 total = self.accelerator.gather(value.reshape(1)).sum().item()
@@ -277,7 +284,9 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.aligner is not None and self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / ALIGNMENT_FILE
+            folder = output_dir or self.args.output_dir
+            assert folder is not None  # TrainingArguments fills it in
+            path = Path(folder) / ALIGNMENT_FILE
             path.write_text(json.dumps(self.aligner.state_dict(), indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -297,7 +306,9 @@ class DistillationTrainer(Trainer):
 
 def unwrap_student(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
             f"model: expected a transformers.PreTrainedModel, or a PEFT model around one; got "

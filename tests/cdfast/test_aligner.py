@@ -231,8 +231,8 @@ def test_options_are_checked():
     for name in ("preset", "matching", "layers", "objective", "layer_reduction"):
         with pytest.raises(ValueError, match=name):
             VisualAttentionAligner(teacher, student, **{name: "nonsense"})
+    student.config.image_token_index = 91
     with pytest.raises(ValueError, match="image_token_id"):
-        student.config.image_token_index = 91
         VisualAttentionAligner(teacher, student)
 
 
