@@ -354,12 +354,17 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
     flags = parser.add_argument_group("flags")
     for name, text in {
         "list": "list the shipped recipes and exit",
-        "compare": "also train the recipe's variants, and print one table",
         "resume": "continue the run in --output-dir (default: the newest of this recipe)",
         "overwrite": "delete what is in --output-dir first",
         "dry-run": "check the recipe, print stages, matched layers and sizes, and exit",
     }.items():
         flags.add_argument(f"--{name}", action="store_true", help=text)
+    flags.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="VARIANT",
+        help="also train these variants of the recipe (default: all), and print one table",
+    )
     for title, group in (("recipe", _RECIPE_FIELDS), ("stage", _STAGE_FIELDS)):
         section = parser.add_argument_group(f"{title} options")
         for f in group:

@@ -310,13 +310,19 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
     return results
 
 
-def run_compare(recipe: Recipe, folder: Path, resume: bool) -> None:
+def run_compare(recipe: Recipe, names: Sequence[str], folder: Path, resume: bool) -> None:
     """The recipe and its variants, each in a folder of its own, and one table over all."""
     if not recipe.compare:
         raise ConfigError(f"--compare: the recipe {recipe.name!r} names no variants under compare.")
+    unknown = sorted(set(names) - set(recipe.compare))
+    if unknown:
+        raise ConfigError(
+            f"--compare: {unknown[0]!r} is no variant of the recipe {recipe.name!r}. "
+            f"Known: {', '.join(recipe.compare)}."
+        )
     results = {recipe.name: run_recipe(recipe, folder, resume)}
-    for name, options in recipe.compare.items():
-        variant = override(recipe, {**options, "name": name})
+    for name in names or recipe.compare:
+        variant = override(recipe, {**recipe.compare[name], "name": name})
         results[name] = run_recipe(variant, folder / "compare" / name, resume)
     if PartialState().is_main_process:
         _write_json(folder / "compare.json", results)
@@ -387,8 +393,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(chosen[0], ConfigError):
             raise chosen[0]
         folder = chosen[0]
-        if flags.compare:
-            return run_compare(recipe, folder, flags.resume)
+        if flags.compare is not None:
+            return run_compare(recipe, flags.compare, folder, flags.resume)
         results = run_recipe(recipe, folder, flags.resume)
         if state.is_main_process:
             write_report(folder, {recipe.name: results})

@@ -1,0 +1,117 @@
+"""The README's code and commands: run where small, parsed and dry-run where they need large models."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(text):
+    """Lines of a shell block, continued lines joined, comments gone."""
+    joined = text.replace("\\\n", " ")
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in joined.splitlines()]
+    return [line for line in lines if line]
+
+
+def train_commands():
+    found = [line for block in blocks("bash") for line in commands(block)]
+    return [line for line in found if "cdfast.train" in line]
+
+
+def train_arguments(command):
+    return shlex.split(command)[shlex.split(command).index("cdfast.train") + 1 :]
+
+
+def test_op_example_runs():
+    namespace = {}
+    exec(blocks("python")[0], namespace)
+    assert 0 < namespace["loss"].item() < 1
+    assert namespace["out"].shape == (2, 100, 4, 32)
+
+
+def test_kernels_readme_example_runs():
+    text = (ROOT / "kernels" / "README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(example, {})
+
+
+def test_aligner_example_runs():
+    from cdfast import VisualAttentionAligner
+    from tests.cdfast.tiny_models import tiny_batch, tiny_llava, tiny_teacher
+
+    namespace = {
+        "VisualAttentionAligner": VisualAttentionAligner,
+        "torch": torch,
+        "teacher": tiny_teacher(),
+        "student": tiny_llava(),
+        "batch": tiny_batch(),
+    }
+    exec(blocks("python")[1], namespace)
+    namespace["loss"].backward()
+    assert namespace["alignment"].count == 3
+
+
+def test_loading_example_runs(tmp_path):
+    from cdfast.adapters import assemble_student
+    from tests.cdfast.tiny_models import tiny_language_model, tiny_teacher
+
+    student = assemble_student(tiny_teacher(), tiny_language_model(), taf=True)
+    student.save_pretrained(tmp_path)
+    example = blocks("python")[2]
+    assert "runs/miniature/model" in example
+    namespace = {}
+    exec(example.replace("runs/miniature/model", str(tmp_path)), namespace)
+    assert type(namespace["model"]).__name__ == "CdfastLlavaForConditionalGeneration"
+
+
+@pytest.mark.parametrize("command", train_commands())
+def test_train_commands_are_valid(command, capsys):
+    from cdfast.train import main
+
+    arguments = train_arguments(command)
+    main([*arguments, "--dry-run"])
+    assert "stages" in capsys.readouterr().out
+
+
+def test_there_are_commands_to_check():
+    assert len(train_commands()) >= 3
+
+
+def test_recipes_in_the_readme_are_the_shipped_ones():
+    from cdfast.config import recipe_files
+
+    named = set(re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE))
+    assert set(recipe_files()) <= named
+
+
+def test_ci_runs_the_readme_test_command():
+    [command] = [line for b in blocks("bash") for line in commands(b) if "-m pytest" in line]
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_point_at_files():
+    for path in ("README.md", "CONTRIBUTING.md", "kernels/README.md"):
+        text = (ROOT / path).read_text()
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert ((ROOT / path).parent / target).exists(), f"{path}: {target}"
+    for target in re.findall(r"^\|[^|]+\|(.*)\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M):
+        for name in re.findall(r"`([^`]+)`", target):
+            assert (ROOT / name).exists(), f"CONTRIBUTING.md: {name}"
+
+
+def test_configuration_files_parse():
+    yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    for line in ("[Unreleased]", "### Numerics"):
+        assert line in (ROOT / "CHANGELOG.md").read_text()
