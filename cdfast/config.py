@@ -23,6 +23,11 @@ from transformers import TrainingArguments
 
 STAGES = ("pretrain", "sft", "dpt", "dft")
 MINIATURE = "miniature"
+_TRAINER_TYPES = {
+    name: hint
+    for name, hint in typing.get_type_hints(TrainingArguments).items()
+    if name in {f.name for f in fields(TrainingArguments)}
+}
 
 # What each stage trains, and which losses it has unless a recipe says otherwise.
 # Source: paper, training stages; `pretrain` and `sft` are LLaVA's.
@@ -83,8 +88,8 @@ class StageRecipe:
     arguments: dict[str, Any] = _option({}, "Further transformers.TrainingArguments of this stage.")
 
     def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise ConfigError(_unknown("stage", self.stage, STAGES))
+        _choice("stage", self.stage, STAGES)
+        self.arguments = {k: _training_argument(k, v) for k, v in self.arguments.items()}
         for name, value in _STAGE_WEIGHTS[self.stage].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -155,6 +160,7 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        self.arguments = {k: _training_argument(k, v) for k, v in self.arguments.items()}
         _choice("turns", self.turns, ("dialogue", "independent"))
         _choice("on_error", self.on_error, ("raise", "skip"))
         _choice("student_projector", self.student_projector, ("mlp", "linear"))
@@ -210,7 +216,7 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
         return [_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(items)]
     if origin is dict:
         if isinstance(value, dict):
-            return value
+            return {str(k): _coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
     elif dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         if isinstance(value, annotation):
             return value
@@ -228,12 +234,33 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
             number = float("nan")
         if annotation is float and number == number:
             return number
-        if annotation is int and number == number and number == int(number):
+        if annotation is int and number.is_integer():
             return int(number)
     elif annotation is str and isinstance(value, (str, int, float)):
         return str(value)
     kind = getattr(annotation, "__name__", str(annotation))
     raise ConfigError(f"{where}: expected {kind}; got {value!r}.")
+
+
+def _training_argument(name: str, value: Any) -> Any:
+    """A TrainingArguments value: text is read as the field's type, or as YAML where it has several.
+
+    Raises:
+        ConfigError: an unknown field (the nearest is named), or a value of the wrong type.
+    """
+    if name not in _TRAINER_TYPES:
+        raise ConfigError(_unknown("arguments", name, _near(name, list(_TRAINER_TYPES))))
+    hint, where = _TRAINER_TYPES[name], f"arguments.{name}"
+    kinds = [k for k in typing.get_args(hint) or (hint,) if k is not type(None)]
+    if len(kinds) == 1 and kinds[0] in (bool, int, float, str):
+        return _coerce(value, hint, where)
+    try:
+        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: expected text or YAML; got {value!r}: {error}") from error
+    if isinstance(parsed, bool) and bool not in kinds:  # YAML reads the words no and yes as these
+        return value if isinstance(value, str) else "yes" if value else "no"
+    return parsed
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "recipe") -> Any:
@@ -287,7 +314,6 @@ _RECIPE_FIELDS = [
     for f in fields(Recipe)
     if f.name not in ("description", "arguments", "stages", "compare", "architecture")
 ]
-_TRAINER_FIELDS = {f.name for f in fields(TrainingArguments)}
 
 
 def override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
@@ -321,12 +347,11 @@ def override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
             for stage in chosen:
                 if stage_kind or _STAGE_WEIGHTS[stage["stage"]].get(name) != 0.0:
                     stage[name] = value
-        elif name in _TRAINER_FIELDS:
-            parsed = yaml.safe_load(value) if isinstance(value, str) else value
+        elif name in _TRAINER_TYPES:
             for target in chosen if stage_kind else [values]:
-                target["arguments"] = {**target["arguments"], name: parsed}
+                target["arguments"] = {**target["arguments"], name: value}
         else:
-            known = sorted({*recipe_names, *stage_names, *_TRAINER_FIELDS})
+            known = sorted({*recipe_names, *stage_names, *_TRAINER_TYPES})
             raise ConfigError(_unknown("option", key, _near(name, known)))
     changed: Recipe = from_dict(Recipe, values, recipe.name)
     return changed

@@ -45,7 +45,7 @@ from cdfast.config import (
 from cdfast.images import DataError
 from cdfast.models import load_model, load_processor, make_initial_student, teacher_source
 from cdfast.report import print_summary, write_report
-from cdfast.results import measure, probe_batch, run_environment
+from cdfast.results import measure, run_environment
 
 STAGE_FILE = "stage.json"
 RESULTS_FILE = "results.json"
@@ -115,6 +115,27 @@ def stage_dataset(run: Run, number: int) -> Any:
         on_error=recipe.on_error,
         max_pixels=recipe.max_pixels,
     )
+
+
+def probe_samples(run: Run) -> Any:
+    """Samples to compare attention on: fresh scenes, or the last stage's data."""
+    number = len(run.recipe.stages)
+    dataset = stage_dataset(run, number)
+    if isinstance(dataset, EncodedSamples):
+        from cdfast.synthetic import SceneDataset
+
+        mix = run.recipe.stages[number - 1].turns_mix
+        scenes = SceneDataset("validation", size=64, **({"turns_mix": mix} if mix else {}))
+        return EncodedSamples(scenes, run.processor, turns=run.recipe.turns)
+    return dataset
+
+
+def trained_matches(stages: Sequence[dict[str, Any]]) -> Matches | None:
+    """The matched layers of the last stage that aligned attention."""
+    for stage in reversed(stages):
+        if stage["matches"]:
+            return {int(k): tuple(v) for k, v in stage["matches"].items()}
+    return None
 
 
 def stage_arguments(run: Run, number: int) -> Any:
@@ -300,8 +321,8 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
                 processor,
                 run.initial_student,
                 run.model,
-                run.teacher,
-                probe_batch(stage_dataset(run, len(stages)), processor.tokenizer.pad_token_id),
+                probe_samples(run),
+                trained_matches(stages),
             ),
             "seconds": round(time.monotonic() - start, 1),
         }
@@ -320,9 +341,15 @@ def run_compare(recipe: Recipe, names: Sequence[str], folder: Path, resume: bool
             f"--compare: {unknown[0]!r} is no variant of the recipe {recipe.name!r}. "
             f"Known: {', '.join(recipe.compare)}."
         )
+    # All of them before the first run: a mistake in a variant must not show hours later.
+    variants = {
+        name: override(recipe, {**recipe.compare[name], "name": name})
+        for name in names or recipe.compare
+    }
+    for variant in variants.values():
+        variant.check_runnable()
     results = {recipe.name: run_recipe(recipe, folder, resume)}
-    for name in names or recipe.compare:
-        variant = override(recipe, {**recipe.compare[name], "name": name})
+    for name, variant in variants.items():
         results[name] = run_recipe(variant, folder / "compare" / name, resume)
     if PartialState().is_main_process:
         _write_json(folder / "compare.json", results)
