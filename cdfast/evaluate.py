@@ -130,6 +130,7 @@ def _score_batch(
     moved = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in batch.items()
+        if isinstance(value, Tensor)
     }
     log_probabilities = _logits(model, moved, index, positions).log_softmax(-1).cpu()
     greedy_tokens = log_probabilities.argmax(-1)

@@ -14,6 +14,9 @@ from typing import Any
 from cdfast.questions import VQA_CHOICES, VQA_KINDS, ab_question, vqa_question
 from cdfast.scenes import CR_KINDS, caption_pair, draw_scene, render, scene_key, split_of
 
+# Draws for each question wanted; about one in three scenes has no question of the rarest kind.
+MAX_DRAWS = 100
+
 
 @dataclass(frozen=True)
 class Question:
@@ -74,7 +77,14 @@ def _ask(kind: str, group: str, split: str, number: int, seed: int) -> list[Ques
     rng = random.Random(f"evaluation/{split}/{seed}/{kind}")
     questions: list[Question] = []
     asked: set[Any] = set()
+    draws = 0
     while len(asked) < number:
+        draws += 1
+        if draws > MAX_DRAWS * number:
+            raise ValueError(
+                f"number of questions of kind {kind}: expected at most about {len(asked)}, "
+                f"got {number}; split {split!r} has no more scenes for it"
+            )
         scene = draw_scene(rng, split)
         if group == "CR":
             pair = caption_pair(scene, kind, rng)

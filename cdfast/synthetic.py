@@ -136,11 +136,14 @@ class SceneDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return self.size
 
-    def draw(self, index: int) -> tuple[Scene, list[Turn]]:
-        """The scene and the (question, answer) turns of item `index`."""
+    def _generator(self, index: int) -> random.Random:
         if not -self.size <= index < self.size:
             raise IndexError(f"index: expected one of {self.size} items, got {index}")
-        rng = random.Random(f"{self.split}/{self.seed}/{index % self.size}")
+        return random.Random(f"{self.split}/{self.seed}/{index % self.size}")
+
+    def draw(self, index: int) -> tuple[Scene, list[Turn]]:
+        """The scene and the (question, answer) turns of item `index`."""
+        rng = self._generator(index)
         scene = draw_scene(rng, self.split)
         return scene, draw_turns(scene, self.turns_mix, rng, self.cr_weights)
 
@@ -150,8 +153,9 @@ class SceneDataset(Dataset[Sample]):
         return Sample(turns_as_messages(turns), (render(scene),), source)
 
     def scene_keys(self) -> set[SceneKey]:
-        """The keys of all scenes, without rendering them."""
-        return {scene_key(self.draw(index)[0]) for index in range(self.size)}
+        """The keys of all scenes, without rendering them or asking about them."""
+        scenes = (draw_scene(self._generator(index), self.split) for index in range(self.size))
+        return {scene_key(scene) for scene in scenes}
 
 
 class EncodedScenes(Dataset[dict[str, Any]]):

@@ -281,6 +281,7 @@ def test_workers_agree():
 
 def test_evaluation_scene_in_training_is_refused():
     training = SceneDataset("train", 0, 50).scene_keys()
+    assert training == {scene_key(SceneDataset("train", 0, 50).draw(i)[0]) for i in range(50)}
     check_disjoint(SceneDataset("test", 0, 50).scene_keys(), training)
     with pytest.raises(ValueError, match="1 evaluation scenes are training scenes"):
         check_disjoint([next(iter(training))], training)
