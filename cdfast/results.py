@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from cdfast.aligner import VisualAttentionAligner, build_layout
 from cdfast.config import Recipe
 from cdfast.encoding import VisionTextCollator
+from cdfast.matching import Matches
 from cdfast.models import load_model, teacher_source
 from cdfast.similarity import layer_similarity, matched_similarity
 
 _PACKAGES = ("cdfast", "torch", "transformers", "accelerate", "peft", "triton", "numpy")
 PROBE_SAMPLES = 32
+PROBE_BATCH = 4
 
 
 def run_environment(processes: int) -> dict[str, Any]:
@@ -47,39 +49,70 @@ def run_environment(processes: int) -> dict[str, Any]:
     }
 
 
-def probe_batch(samples: Any, pad_token_id: int, number: int = PROBE_SAMPLES) -> dict[str, Any]:
-    """The first samples of a data set as one batch, for attention similarity."""
-    chosen = [samples[i] for i in range(min(number, len(samples)))]
-    batch = VisionTextCollator(pad_token_id)(chosen)
-    batch.pop("labels")
-    return batch
+def probe_batches(samples: Any, pad_token_id: int) -> list[dict[str, Any]]:
+    """The first samples of a data set that have an image, in small batches without labels."""
+    chosen: list[Any] = []
+    for i in range(len(samples)):
+        if len(chosen) == PROBE_SAMPLES:
+            break
+        sample = samples[i]
+        if sample["images"]:
+            chosen.append(sample)
+    collate = VisionTextCollator(pad_token_id)
+    batches = [collate(chosen[i : i + PROBE_BATCH]) for i in range(0, len(chosen), PROBE_BATCH)]
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
 
 
 def measure_similarity(
-    recipe: Recipe, before: Path, after: Path, teacher: PreTrainedModel, batch: dict[str, Any]
+    recipe: Recipe,
+    students: dict[str, Path],
+    teacher: PreTrainedModel,
+    batches: list[dict[str, Any]],
+    matches: Matches | None,
 ) -> dict[str, Any]:
     """Layer-wise similarity of student and teacher attention over visual tokens.
 
-    Rows are those of text tokens; `layers` has a row per student and a column per teacher layer,
-    `matched` the similarity with the teacher window that group matching (or the recipe's) assigns.
+    Args:
+        students: name -> checkpoint, such as before and after training.
+        teacher: on the device that measures.
+        batches: of `probe_batches`.
+        matches: the run's matched layers; None: those of the recipe's options.
+
+    Returns:
+        For each name `layers`, a row per student and a column per teacher layer, and `matched`, the
+        similarity of each matched student layer with its teacher window; `matches`, `samples`, and
+        `rows`: those of text tokens.
     """
-    result: dict[str, Any] = {"rows": "text", "samples": len(batch["input_ids"])}
-    for name, path in (("before", before), ("after", after)):
+    result: dict[str, Any] = {"rows": "text", "samples": sum(len(b["input_ids"]) for b in batches)}
+    for name, path in students.items():
         student = load_model(path, "float32", recipe.trust_remote_code).eval()
-        matching = None if recipe.matching == "adaptive" else recipe.matching
+        student.to(teacher.device)  # type: ignore[arg-type]
         aligner = VisualAttentionAligner(
-            teacher, student, preset=recipe.preset, matching=matching, layers=recipe.layers
+            teacher,
+            student,
+            preset=recipe.preset,
+            matching=None if recipe.matching == "adaptive" else recipe.matching,
+            layers=recipe.layers,
         )
-        assert aligner.matches is not None
-        layout = build_layout(batch, aligner.image_token_id)
+        chosen = matches or aligner.matches
+        assert chosen is not None
         options: dict[str, Any] = {"rows": "text", "backend": recipe.backend}
-        layers = layer_similarity(teacher, student, batch, layout, **options)
-        matched = matched_similarity(teacher, student, batch, layout, aligner.matches, **options)
+        layers: list[torch.Tensor] = []
+        matched: list[dict[int, float]] = []
+        for batch in batches:
+            layout = build_layout(batch, aligner.image_token_id).to(teacher.device)
+            moved = {k: v.to(teacher.device) if hasattr(v, "to") else v for k, v in batch.items()}
+            layers.append(layer_similarity(teacher, student, moved, layout, **options))
+            matched.append(matched_similarity(teacher, student, moved, layout, chosen, **options))
+        mean = torch.stack(layers).mean(0)
         result[name] = {
-            "layers": [[round(v, 4) for v in row] for row in layers.tolist()],
-            "matched": {str(k): round(v, 4) for k, v in matched.items()},
+            "layers": [[round(v, 4) for v in row] for row in mean.tolist()],
+            "matched": {
+                str(layer): round(sum(m[layer] for m in matched) / len(matched), 4)
+                for layer in chosen
+            },
         }
-        result["matches"] = {str(k): list(v) for k, v in aligner.matches.items()}
+        result["matches"] = {str(k): list(v) for k, v in chosen.items()}
     return result
 
 
@@ -111,17 +144,30 @@ def measure(
     processor: Any,
     before: Path,
     after: Path,
-    teacher: PreTrainedModel | None,
-    probe: dict[str, Any],
+    samples: Any,
+    matches: Matches | None,
 ) -> dict[str, Any]:
-    """What results.json holds beside the stages: `evaluation` and `similarity` where defined."""
+    """What results.json holds beside the stages: `evaluation` and `similarity` where defined.
+
+    Args:
+        before, after: checkpoints of the student.
+        samples: encoded samples, on which attention is compared.
+        matches: the run's matched layers, if it aligned any.
+    """
     result: dict[str, Any] = {}
-    if teacher is None and recipe.teacher:
-        teacher = load_model(teacher_source(recipe), "float32", recipe.trust_remote_code).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = None
+    if recipe.teacher:
+        source = teacher_source(recipe)
+        teacher = load_model(source, "float32", recipe.trust_remote_code).eval()
+        teacher.to(device)  # type: ignore[arg-type]
     if recipe.evaluate:
         student = load_model(after, "float32", recipe.trust_remote_code).eval()
+        student.to(device)  # type: ignore[arg-type]
         result["evaluation"] = measure_accuracy(recipe, processor, student, teacher)
     if teacher is not None:
-        teacher.cpu().float()
-        result["similarity"] = measure_similarity(recipe, before, after, teacher, probe)
+        batches = probe_batches(samples, processor.tokenizer.pad_token_id)
+        if batches:
+            students = {"before": before, "after": after}
+            result["similarity"] = measure_similarity(recipe, students, teacher, batches, matches)
     return result

@@ -42,7 +42,8 @@ from cdfast.config import (
     recipe_files,
     to_dict,
 )
-from cdfast.images import DataError
+from cdfast.data import DataError, EncodedSamples, load_dataset
+from cdfast.matching import Matches
 from cdfast.models import load_model, load_processor, make_initial_student, teacher_source
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
@@ -92,14 +93,17 @@ class Run:
 
 def stage_dataset(run: Run, number: int) -> Any:
     """The encoded training samples of a stage."""
-    from cdfast.data import EncodedSamples, load_dataset
-
     recipe, stage = run.recipe, run.recipe.stages[number - 1]
     data = stage.data or recipe.data
     if data == [MINIATURE]:
         from cdfast.synthetic import SceneDataset
 
         steps = stage.max_steps
+        if steps < 1:
+            raise ConfigError(
+                f"max_steps: expected at least 1, because embedded scenes are generated step by "
+                f"step; got {steps} in stage {number} ({stage.stage}). Give --max-steps N."
+            )
         per_step = stage.batch_size * stage.gradient_accumulation_steps * run.state.num_processes
         mix: dict[str, Any] = {"turns_mix": stage.turns_mix} if stage.turns_mix else {}
         scenes = SceneDataset(
@@ -124,8 +128,9 @@ def probe_samples(run: Run) -> Any:
     if isinstance(dataset, EncodedSamples):
         from cdfast.synthetic import SceneDataset
 
-        mix = run.recipe.stages[number - 1].turns_mix
-        scenes = SceneDataset("validation", size=64, **({"turns_mix": mix} if mix else {}))
+        turns = run.recipe.stages[number - 1].turns_mix
+        mix: dict[str, Any] = {"turns_mix": turns} if turns else {}
+        scenes = SceneDataset("validation", size=64, **mix)
         return EncodedSamples(scenes, run.processor, turns=run.recipe.turns)
     return dataset
 
@@ -250,7 +255,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "steps": output.global_step,
         "seconds": round(seconds, 2),
         "samples_per_second": output.metrics.get("train_samples_per_second"),
-        "matches": {str(k): list(v) for k, v in matches.items()} if matches else None,
+        "matches": _matches_as_json(trainer.aligner),
         "skipped": dict(skipped) if skipped else {},
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -258,6 +263,11 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         _write_json(folder / STAGE_FILE, result)
     run.state.wait_for_everyone()
     return result
+
+
+def _matches_as_json(aligner: Any) -> dict[str, list[int]] | None:
+    """Matched layers after training, when adaptive matching has chosen too."""
+    return aligner.state_dict()["matches"] if aligner else None
 
 
 def _describe(student: Any, stage: StageRecipe, matches: Any) -> str:
