@@ -27,8 +27,9 @@ TEACHER_COLOUR = "#767676"
 LOSSES = {"loss_lm": "LM loss", "loss_kl": "KL loss", "loss_alignment": "alignment loss"}
 # A log scale where the largest value is at least this many times the smallest.
 LOG_SCALE_FROM = 5
-# Heat maps of at most this many cells carry their values as text.
+# Heat maps of at most this many cells, and figures of this many bars, carry their values as text.
 ANNOTATED_CELLS = 64
+LABELLED_BARS = 20
 _STYLE = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
@@ -78,8 +79,8 @@ def accuracy_figure(
     Args:
         name: prefix of the ids.
         groups: group -> its kinds; each group is a row of bars and ends with its average.
-        columns: of each bar the heading, a report of `cdfast.evaluate`, the number of the run (None:
-            the teacher), and whether it is a control.
+        columns: of each bar the heading, a report of `cdfast.evaluate`, the number of the run
+            (None: the teacher), and whether it is a control.
         text_only: kind or "<group> average" -> accuracy without images.
         label: the figure in words.
     """
@@ -177,14 +178,14 @@ def loss_figure(
                 )
             if min(seen) > 0 and max(seen) >= LOG_SCALE_FROM * min(seen):
                 ax.set_yscale("log")
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                few_decades = max(seen) < 50 * min(seen)
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
                 ax.yaxis.set_minor_formatter("")
             ax.yaxis.set_major_formatter("{x:g}")
-            scale = ", log scale" if ax.get_yscale() == "log" else ""
             unit = alignment_unit if loss == "loss_alignment" else "nats per answer token"
-            ax.set_title(LOSSES[loss] + scale, loc="right")
-            ax.set_ylabel(unit.replace(", ", ",\n"))
+            ax.set_ylabel("\n".join([LOSSES[loss], *f"({unit})".split(", ")]))
             ax.grid(color="#dddddd")
+        axes[0].set_xlim(left=0)
         _mark_stages(axes, stages)
         axes[-1].set_xlabel("optimizer step (all stages)")
         figure.suptitle("Training losses")
@@ -202,13 +203,20 @@ def _mark_stages(axes: Iterable[Axes], stages: Sequence[tuple[int, str]]) -> Non
                 ax.text(start, 1.03, text, transform=top, fontsize=8, rotation=30, va="bottom")
 
 
-def similarity_figure(name: str, similarity: Mapping[str, Any], limits: Any, label: str) -> str:
+def similarity_figure(
+    name: str,
+    similarity: Mapping[str, Any],
+    limits: tuple[float, float],
+    title: str,
+    label: str,
+) -> str:
     """Heat maps of student x teacher layers, before and after, matched windows outlined.
 
     Args:
         name: prefix of the ids.
         similarity: of one run, as in results.json.
         limits: (lowest, highest) of the colour scale.
+        title: above the maps.
         label: the figure in words.
     """
     parts = [part for part in ("before", "after") if similarity.get(part, {}).get("layers")]
@@ -237,12 +245,12 @@ def similarity_figure(name: str, similarity: Mapping[str, Any], limits: Any, lab
             ax.set(ylabel="student layer (from 0)")
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.yaxis.get_major_locator().set_params(integer=True)
-        bar = figure.colorbar(mesh, ax=list(axes), label="mean cosine (1 = same attention)")
+        bar = figure.colorbar(mesh, ax=list(axes), label="mean cosine (1: same)")
         assert bar.solids is not None
-        bar.solids.set(edgecolor="face")
+        bar.solids.set(edgecolor="face", rasterized=False)
         outline = Rectangle((0, 0), 1, 1, ec="#D55E00", fc="none", lw=2.5, label="matched layers")
         figure.legend(handles=[outline], loc="outside lower center", frameon=False)
-        figure.suptitle("Similarity of student and teacher attention over the image")
+        figure.suptitle(title)
         return _svg(figure, name, label)
 
 
@@ -258,7 +266,7 @@ def matched_figure(name: str, runs: Mapping[str, Mapping[str, Any]], label: str)
     with _style(name):
         figure = Figure(figsize=(10, 3.3), layout="constrained")
         ax = figure.subplots()
-        width = 0.8 / len(runs)
+        width = min(0.8 / len(runs), 0.25)
         for index, (run, similarity) in enumerate(runs.items()):
             shift = (index - (len(runs) - 1) / 2) * width
             positions = [x + shift for x in range(len(layers))]
@@ -267,15 +275,20 @@ def matched_figure(name: str, runs: Mapping[str, Mapping[str, Any]], label: str)
                 for p in ("after", "before")
             )
             colour = RUN_COLOURS[index % len(RUN_COLOURS)]
-            ax.bar(positions, after, width * 0.92, color=colour, label=f"{run}, after")
+            bars = ax.bar(positions, after, width * 0.92, color=colour, label=f"{run}, after")
+            if len(runs) * len(layers) <= LABELLED_BARS:
+                ax.bar_label(
+                    bars, [f"{v:.2f}" if math.isfinite(v) else "" for v in after], padding=4
+                )
             ax.plot(positions, before, "D", mfc="white", mec="black", ms=6, label="before")
         ax.axhline(0, color="black", lw=0.8)
+        ax.set_xlim(-0.6, len(layers) - 0.4)
         matches = next(iter(runs.values())).get("matches") or {}
-        windows = [", ".join(map(str, matches.get(str(k), []))) for k in layers]
+        windows = [_window(matches.get(str(k), [])) for k in layers]
         ticks = [f"student {k}\nteacher {w}" for k, w in zip(layers, windows)]
-        ax.set_xticks(range(len(layers)), ticks, fontsize=9 if len(layers) < 9 else 6)
+        ax.set_xticks(range(len(layers)), ticks, fontsize=9 if len(layers) < 9 else 7)
         ax.set(xlabel="student layer and the teacher layers it is matched with (from 0)")
-        ax.set(ylabel="mean cosine\n(1 = same attention)", ylim=(None, 1.02))
+        ax.set(ylabel="mean cosine\n(1 = same attention)", ylim=(None, 1.08))
         ax.set(title="Attention similarity of matched layers, before and after training")
         ax.grid(axis="y", color="#dddddd")
         handles: dict[str, Any] = {}
@@ -284,3 +297,10 @@ def matched_figure(name: str, runs: Mapping[str, Mapping[str, Any]], label: str)
                 handles[text] = handle
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
         return _svg(figure, name, label)
+
+
+def _window(layers: Sequence[int]) -> str:
+    """The first and the last of consecutive layers; otherwise all."""
+    consecutive = list(layers) == list(range(min(layers, default=0), max(layers, default=-1) + 1))
+    ends = [layers[0], layers[-1]] if consecutive and len(layers) > 1 else layers
+    return "–".join(map(str, ends)) if consecutive else ", ".join(map(str, ends))
