@@ -1,0 +1,192 @@
+"""Language-model and logit losses against plain float64, and their rows by brute force."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cdfast.losses import answer_rows, kl_loss_sum, lm_loss_sum, next_labels, unshifted_rows
+
+TOLERANCE = 1e-5  # relative, float32 against float64
+CHUNK = 1024  # rows that Liger's chunked loss takes at once
+WIDTH, TEACHER_WIDTH, VOCAB = 12, 20, 37
+
+
+def normal(*shape, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator)
+
+
+def student_tensors(rows, vocab=VOCAB):
+    hidden, weight = normal(rows, WIDTH, seed=1), normal(vocab, WIDTH, seed=2, scale=0.5)
+    return hidden.requires_grad_(), weight.requires_grad_()
+
+
+def teacher_tensors(rows, vocab=VOCAB, dtype=torch.float32):
+    hidden, weight = normal(rows, TEACHER_WIDTH, seed=3), normal(vocab, TEACHER_WIDTH, seed=4)
+    return hidden.to(dtype), (0.5 * weight).to(dtype)
+
+
+def reference(loss, *tensors):
+    """Value and gradients in float64, with every logit held."""
+    leaves = [t.detach().double().requires_grad_() for t in tensors]
+    value = loss(*leaves)
+    return value, torch.autograd.grad(value, leaves)
+
+
+def relative_error(got, want):
+    return float((got.double() - want).norm() / want.norm())
+
+
+def plain_kl(hidden, weight, teacher_hidden, teacher_weight):
+    shared = min(len(weight), len(teacher_weight))
+    s = (hidden @ weight[:shared].T).log_softmax(-1)
+    t = (teacher_hidden.double() @ teacher_weight[:shared].double().T).softmax(-1)
+    return (t * (t.log() - s)).sum()
+
+
+# -- losses ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 7, CHUNK + 77])
+def test_lm_loss_and_gradients(rows):
+    hidden, weight = student_tensors(rows)
+    labels = torch.randint(VOCAB, (rows,), generator=torch.Generator().manual_seed(5))
+    loss = lm_loss_sum(hidden, weight, labels)
+    got = torch.autograd.grad(loss, [hidden, weight])
+
+    def plain(h, w):
+        return -(h @ w.T).log_softmax(-1)[torch.arange(rows), labels].sum()
+
+    want, want_grads = reference(plain, hidden, weight)
+    assert loss.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    for g, w in zip(got, want_grads):
+        assert relative_error(g, w) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [1, 7, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
+@pytest.mark.parametrize(
+    "vocab, teacher_vocab", [(37, 37), (37, 50), (50, 37)], ids=["equal", "teacher-more", "less"]
+)
+def test_kl_loss_and_gradients(rows, vocab, teacher_vocab):
+    hidden, weight = student_tensors(rows, vocab)
+    teacher = teacher_tensors(rows, teacher_vocab)
+    loss = kl_loss_sum(hidden, weight, *teacher)
+    got = torch.autograd.grad(loss, [hidden, weight])
+    want, want_grads = reference(lambda h, w: plain_kl(h, w, *teacher), hidden, weight)
+    assert loss.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    for g, w in zip(got, want_grads):
+        assert relative_error(g, w) <= TOLERANCE
+    # Tokens that only the student has get no gradient.
+    assert not got[1][min(vocab, teacher_vocab) :].any()
+
+
+def test_kl_loss_is_of_the_teacher_given_the_student_and_not_the_reverse():
+    hidden, weight = student_tensors(9)
+    teacher = teacher_tensors(9)
+    loss = kl_loss_sum(hidden, weight, *teacher).item()
+    reverse = plain_kl(teacher[0].double(), teacher[1].double(), hidden.detach(), weight.detach())
+    assert abs(loss - reverse.item()) > 0.05 * loss
+
+
+def test_kl_loss_of_equal_distributions_is_zero():
+    hidden, weight = student_tensors(9)
+    loss = kl_loss_sum(hidden, weight, hidden.detach(), weight.detach())
+    assert abs(loss.item()) < 1e-5
+    assert all(g.abs().max() < 1e-5 for g in torch.autograd.grad(loss, [hidden, weight]))
+
+
+def test_kl_loss_takes_a_teacher_in_bf16():
+    """The teacher's numbers are what bf16 holds; nothing after them is rounded to bf16."""
+    hidden, weight = student_tensors(50)
+    teacher = teacher_tensors(50, dtype=torch.bfloat16)
+    loss = kl_loss_sum(hidden, weight, *teacher)
+    assert loss.dtype == torch.float32
+    got = torch.autograd.grad(loss, [hidden, weight])
+    want, want_grads = reference(lambda h, w: plain_kl(h, w, *teacher), hidden, weight)
+    assert loss.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    for g, w in zip(got, want_grads):
+        assert relative_error(g, w) <= TOLERANCE
+
+
+def test_sums_of_two_halves_add_up():
+    """What the trainer relies on when it divides by the count of the whole step."""
+    rows = 2 * CHUNK
+    hidden, weight = student_tensors(rows)
+    teacher_hidden, teacher_weight = teacher_tensors(rows)
+    whole = kl_loss_sum(hidden, weight, teacher_hidden, teacher_weight)
+    halves = [
+        kl_loss_sum(hidden[part], weight, teacher_hidden[part], teacher_weight)
+        for part in (slice(0, 300), slice(300, rows))
+    ]
+    assert sum(halves).item() == pytest.approx(whole.item(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["lm", "kl"])
+def test_no_rows_give_a_zero_that_is_connected(name):
+    hidden, weight = student_tensors(0)
+    if name == "lm":
+        loss = lm_loss_sum(hidden, weight, torch.zeros(0, dtype=torch.long))
+    else:
+        loss = kl_loss_sum(hidden, weight, *teacher_tensors(0))
+    assert loss.item() == 0
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def random_labels(seed, batch=5, length=11):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(VOCAB, (batch, length), generator=generator)
+    labels[torch.rand(batch, length, generator=generator) < 0.5] = -100
+    labels[0] = -100
+    labels[1] = torch.arange(length)  # an answer from the first token to the last
+    return labels
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answer_rows_predict_answer_tokens(seed):
+    labels = random_labels(seed)
+    rows = answer_rows(labels)
+    want_labels = []
+    for b, row in enumerate(labels.tolist()):
+        for i in range(len(row)):
+            predicts = i + 1 < len(row) and row[i + 1] != -100
+            assert rows[b, i].item() == predicts
+            if predicts:
+                want_labels.append(row[i + 1])
+    assert rows.dtype == torch.bool
+    # Row-major order, in which hidden[rows] comes too.
+    assert next_labels(labels, rows).tolist() == want_labels
+    assert -100 not in want_labels
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unshifted_rows_are_answer_tokens(seed):
+    labels = random_labels(seed)
+    rows = unshifted_rows(labels)
+    assert rows.tolist() == [[value != -100 for value in row] for row in labels.tolist()]
+
+
+def test_rows_of_one_answer():
+    labels = torch.tensor([[-100, -100, 5, 6, 7, -100]])
+    assert answer_rows(labels).nonzero()[:, 1].tolist() == [1, 2, 3]
+    assert unshifted_rows(labels).nonzero()[:, 1].tolist() == [2, 3, 4]
+    assert next_labels(labels, answer_rows(labels)).tolist() == [5, 6, 7]
+    # The unshifted mask takes in a row whose next token is no answer.
+    assert next_labels(labels, unshifted_rows(labels)).tolist() == [6, 7, -100]
+
+
+def test_rows_and_loss_equal_the_shifted_loss_of_transformers():
+    """All parts together: cross-entropy of every logit with labels shifted by one."""
+    labels = random_labels(9)
+    hidden = normal(*labels.shape, WIDTH, seed=6)
+    weight = normal(VOCAB, WIDTH, seed=7)
+    rows = answer_rows(labels)
+    got = lm_loss_sum(hidden[rows], weight, next_labels(labels, rows))
+    logits = (hidden.double() @ weight.double().T)[:, :-1].reshape(-1, VOCAB)
+    want = F.cross_entropy(logits, labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum")
+    assert got.item() == pytest.approx(want.item(), rel=TOLERANCE)
