@@ -119,16 +119,31 @@ def vision_tower(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Module]:
 def share_vision_tower(teacher: PreTrainedModel, student: PreTrainedModel) -> SharedVisionTower:
     """Replace both models' vision encoders by one that runs once per batch.
 
+    Where teacher and student have unequal dtypes, the wider one is kept, so that the student is
+    saved with exact weights, and each adapter reads its features in its own dtype.
+
     Raises:
         ValueError: the encoders differ, in configuration or in a weight that is named.
     """
     teacher_parent, teacher_name, theirs = vision_tower(teacher)
     student_parent, student_name, ours = vision_tower(student)
     _require_equal_towers(theirs, ours)
-    shared = theirs if isinstance(theirs, SharedVisionTower) else SharedVisionTower(theirs)
-    setattr(teacher_parent, teacher_name, shared)
-    setattr(student_parent, student_name, shared)
+    kept = ours if _dtype(ours).itemsize > _dtype(theirs).itemsize else theirs
+    shared = kept if isinstance(kept, SharedVisionTower) else SharedVisionTower(kept)
+    for parent, name in ((teacher_parent, teacher_name), (student_parent, student_name)):
+        setattr(parent, name, shared)
+        adapter = getattr(parent, "multi_modal_projector", None)
+        if adapter is not None and _dtype(adapter) != _dtype(kept):
+            adapter.register_forward_pre_hook(_in_own_dtype)
     return shared
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(v.dtype for v in module.state_dict().values() if v.is_floating_point())
+
+
+def _in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].to(_dtype(module)), *inputs[1:])
 
 
 def _require_equal_towers(theirs: nn.Module, ours: nn.Module) -> None:
@@ -137,7 +152,7 @@ def _require_equal_towers(theirs: nn.Module, ours: nn.Module) -> None:
         name
         for name, value in teacher_state.items()
         if value.shape != student_state[name].shape
-        or not torch.equal(value.float().cpu(), student_state[name].float().cpu())
+        or not _equal_when_rounded(value.cpu(), student_state[name].cpu())
     ]
     if differing:
         raise ValueError(
@@ -146,6 +161,12 @@ def _require_equal_towers(theirs: nn.Module, ours: nn.Module) -> None:
             "teacher's encoder, or distil without sharing and without TAF "
             "(share_vision_tower=False, taf=False)."
         )
+
+
+def _equal_when_rounded(a: Tensor, b: Tensor) -> bool:
+    """Equal in the narrower of the two dtypes: a half-precision copy of a model is that model."""
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(a.to(narrow), b.to(narrow))
 
 
 def assemble_student(
