@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,6 +20,10 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
 )
+
+# From its module: transformers 5.17 hides the name at the top level where torchvision is missing,
+# although the class works without it.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from cdfast.adapters import assemble_student, vision_tower
@@ -75,18 +78,32 @@ def teacher_source(recipe: Recipe) -> str | Path:
     return recipe.teacher
 
 
+def _load_part(loader: Any, source: str | Path, recipe: Recipe) -> Any:
+    load_config(source, recipe.trust_remote_code)  # its error is about the checkpoint as a whole
+    try:
+        return loader.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {str(source)!r}: its processor cannot be loaded: {error} Expected the files "
+            "that processor.save_pretrained writes beside the weights."
+        ) from error
+
+
 def load_processor(recipe: Recipe) -> Any:
-    """The processor of both models: the teacher's; without one, the student's or a new one."""
-    options = {"trust_remote_code": recipe.trust_remote_code}
+    """The processor of both models: the teacher's; without one, the student's or a new one.
+
+    Raises:
+        ConfigError: there is no such checkpoint or no processor in it.
+    """
     if recipe.teacher:
-        return AutoProcessor.from_pretrained(teacher_source(recipe), **options)
+        return _load_part(AutoProcessor, teacher_source(recipe), recipe)
     if recipe.vision_tower is None:
-        return AutoProcessor.from_pretrained(recipe.student, **options)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.student, **options)
+        return _load_part(AutoProcessor, recipe.student, recipe)
+    tokenizer = _load_part(AutoTokenizer, recipe.student, recipe)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image_processor = AutoImageProcessor.from_pretrained(recipe.vision_tower, **options)
-    vision = AutoConfig.from_pretrained(recipe.vision_tower, **options)
+    image_processor = _load_part(AutoImageProcessor, recipe.vision_tower, recipe)
+    vision = load_config(recipe.vision_tower, recipe.trust_remote_code)
     vision = getattr(vision, "vision_config", vision)
     # SigLIP has no class token; CLIP has one, which LLaVA leaves out ("default").
     has_class_token = vision.model_type.startswith("clip")
