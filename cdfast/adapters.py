@@ -200,6 +200,11 @@ def assemble_student(
             f"teacher: expected a LLaVA model (model_type 'llava') to build a student from; got "
             f"{teacher.config.model_type!r}. For other families give a ready student and taf=False."
         )
+    if taf and teacher.config.model_type == "cdfast_llava":
+        raise ValueError(
+            "teacher: expected a LLaVA model with a plain adapter to fetch (taf=True); got a "
+            "student that has a fetched adapter itself. Distil from it with taf=False."
+        )
     is_llava = isinstance(language_model, LlavaForConditionalGeneration)
     text_config = language_model.config.get_text_config(decoder=True)
     token = teacher.config.image_token_id
