@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cdfast_kernels import VisualLayout, VisualMap
+from cdfast_kernels import VisualLayout, VisualMap, available_backends
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -127,6 +127,9 @@ class VisualAttentionAligner:
     loss = student_out.loss + alignment.loss
     ```
 
+    After wrapping the student (DDP, FSDP), set `aligner.student` to the wrapped model, so that
+    `student_forward` goes through it.
+
     Args:
         teacher, student: Hugging Face vision-language models that share tokenizer and visual
             tokens. Their text attention is switched to cdfast's.
@@ -171,7 +174,7 @@ class VisualAttentionAligner:
         self.layer_reduction = _option(
             "layer_reduction", layer_reduction or chosen["layer_reduction"], ("mean", "sum")
         )
-        self.backend = backend
+        self.backend = _option("backend", backend, ("auto", *available_backends()))
         self.teacher, self.student = teacher, student
         self.image_token_id = image_token_id(student)
         if image_token_id(teacher) != self.image_token_id:
@@ -252,7 +255,8 @@ class VisualAttentionAligner:
         Call it under `torch.no_grad()`; a batch may carry `segment_ids` or a prebuilt `layout`.
         """
         context = self.teacher_context(self.layout(batch))
-        output = self.teacher(**model_inputs(batch), alignment=context, use_cache=False)
+        inputs = {**model_inputs(batch), "use_cache": False}
+        output = self.teacher(**inputs, alignment=context)
         return output, self.targets(context)
 
     def student_forward(self, targets: AlignmentTargets, **batch: Any) -> tuple[Any, Alignment]:
@@ -262,7 +266,8 @@ class VisualAttentionAligner:
             RuntimeError: under reentrant activation checkpointing, which would lose the gradient.
         """
         context = self.student_context(targets)
-        output = self.student(**model_inputs(batch), alignment=context, use_cache=False)
+        inputs = {**model_inputs(batch), "use_cache": False}
+        output = self.student(**inputs, alignment=context)
         return output, self.alignment(context)
 
     # -- adaptive matching ---------------------------------------------------------------------
