@@ -352,32 +352,3 @@ def load_dataset(
         max_pixels=max_pixels,
         check_images=check_images,
     )
-
-
-class EncodedSamples(Dataset):
-    """Samples made in memory, encoded as they are read.
-
-    Args:
-        samples: map-style data set of `Sample`.
-        processor, max_length, turns: see `encode`.
-    """
-
-    def __init__(
-        self,
-        samples: Any,
-        processor: Any,
-        *,
-        max_length: int | None = None,
-        turns: str = "dialogue",
-    ):
-        self.samples = samples
-        self.processor = processor
-        self.max_length = max_length
-        self.turns = turns
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.samples[index]
-        return encode(self.processor, sample, max_length=self.max_length, turns=self.turns)

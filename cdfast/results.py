@@ -117,19 +117,28 @@ def measure_similarity(
 
 
 def measure_accuracy(
-    recipe: Recipe, processor: Any, student: PreTrainedModel, teacher: PreTrainedModel | None
+    recipe: Recipe,
+    processor: Any,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    trained_scenes: set[Any],
 ) -> dict[str, Any]:
     """Accuracy of student and teacher on the recipe's suite, beside what needs no image.
 
     `student, shuffled images` is the student asked about another question's image; `text_only` is a
     model trained without images (recorded when the embedded teacher was made).
+
+    Raises:
+        ValueError: a question is about a scene of `trained_scenes`.
     """
-    from cdfast.evaluate import evaluate, miniature_suite
-    from cdfast.synthetic import read_card
+    from cdfast.evaluate import evaluate
+    from cdfast.suites import miniature_suite
+    from cdfast.synthetic import check_disjoint, read_card
 
     questions = miniature_suite(
         "test", recipe.evaluate_per_kind, recipe.evaluate_vqa_per_kind, seed=0
     )
+    check_disjoint({question.source for question in questions}, trained_scenes)
     reports = {"student": evaluate(student, processor, questions)}
     reports["student, shuffled images"] = evaluate(
         student, processor, questions, shuffle_images=True
@@ -146,6 +155,7 @@ def measure(
     after: Path,
     samples: Any,
     matches: Matches | None,
+    trained_scenes: set[Any],
 ) -> dict[str, Any]:
     """What results.json holds beside the stages: `evaluation` and `similarity` where defined.
 
@@ -153,6 +163,7 @@ def measure(
         before, after: checkpoints of the student.
         samples: encoded samples, on which attention is compared.
         matches: the run's matched layers, if it aligned any.
+        trained_scenes: keys of embedded scenes that evaluation must not ask about.
     """
     result: dict[str, Any] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,7 +175,7 @@ def measure(
     if recipe.evaluate:
         student = load_model(after, "float32", recipe.trust_remote_code).eval()
         student.to(device)  # type: ignore[arg-type]
-        result["evaluation"] = measure_accuracy(recipe, processor, student, teacher)
+        result["evaluation"] = measure_accuracy(recipe, processor, student, teacher, trained_scenes)
     if teacher is not None:
         batches = probe_batches(samples, processor.tokenizer.pad_token_id)
         if batches:

@@ -17,8 +17,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from cdfast.config import (
     recipe_files,
     to_dict,
 )
-from cdfast.data import DataError, EncodedSamples, load_dataset
+from cdfast.data import DataError, load_dataset
 from cdfast.matching import Matches
 from cdfast.models import load_model, load_processor, make_initial_student, teacher_source
 from cdfast.report import print_summary, write_report
@@ -67,6 +68,8 @@ class Run:
     processor: Any
     state: PartialState
     teacher: PreTrainedModel | None = None
+    # Opened files by (data, roots): checking the records of a large set takes minutes.
+    datasets: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def initial_student(self) -> Path:
@@ -91,12 +94,42 @@ class Run:
             print(text, flush=True)
 
 
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Around what is built from a recipe: a ValueError there is about an option, not a bug."""
+    try:
+        yield
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_stages(run: Run) -> None:
+    """Refuse before the first stage what would otherwise show when a later one begins.
+
+    Raises:
+        ConfigError: a stage's data file or image root does not exist, or its options are no
+            `DistillationConfig`.
+    """
+    for number, stage in enumerate(run.recipe.stages, 1):
+        where = f"stage {number} ({stage.stage})"
+        for path in stage.data or run.recipe.data:
+            if path != MINIATURE and not Path(path).exists():
+                raise ConfigError(f"data: {where}: expected an existing file; got {path!r}.")
+        for path in stage.image_root or run.recipe.image_root:
+            if not Path(path).is_dir():
+                raise ConfigError(f"image_root: {where}: expected a folder; got {path!r}.")
+        with user_errors():
+            stage_arguments(run, number)
+
+
 def stage_dataset(run: Run, number: int) -> Any:
     """The encoded training samples of a stage."""
     recipe, stage = run.recipe, run.recipe.stages[number - 1]
     data = stage.data or recipe.data
-    if data == [MINIATURE]:
-        from cdfast.synthetic import SceneDataset
+    if uses_scenes(recipe, number):
+        from cdfast.synthetic import EncodedScenes, SceneDataset
 
         steps = stage.max_steps
         if steps < 1:
@@ -109,30 +142,44 @@ def stage_dataset(run: Run, number: int) -> Any:
         scenes = SceneDataset(
             "train", seed=recipe.seed * 100 + number, size=steps * per_step, **mix
         )
-        return EncodedSamples(scenes, run.processor, turns=recipe.turns)
-    return load_dataset(
-        data,
-        stage.image_root or recipe.image_root,
-        run.processor,
-        max_length=recipe.max_length,
-        turns=recipe.turns,
-        on_error=recipe.on_error,
-        max_pixels=recipe.max_pixels,
-    )
+        return EncodedScenes(scenes, run.processor)
+    roots = stage.image_root or recipe.image_root
+    key = (*data, None, *roots)
+    if key not in run.datasets:
+        run.datasets[key] = load_dataset(
+            data,
+            roots,
+            run.processor,
+            max_length=recipe.max_length,
+            turns=recipe.turns,
+            on_error=recipe.on_error,
+            max_pixels=recipe.max_pixels,
+        )
+    return run.datasets[key]
 
 
 def probe_samples(run: Run) -> Any:
     """Samples to compare attention on: fresh scenes, or the last stage's data."""
     number = len(run.recipe.stages)
     dataset = stage_dataset(run, number)
-    if isinstance(dataset, EncodedSamples):
-        from cdfast.synthetic import SceneDataset
+    if uses_scenes(run.recipe, number):
+        from cdfast.synthetic import EncodedScenes, SceneDataset
 
-        turns = run.recipe.stages[number - 1].turns_mix
-        mix: dict[str, Any] = {"turns_mix": turns} if turns else {}
-        scenes = SceneDataset("validation", size=64, **mix)
-        return EncodedSamples(scenes, run.processor, turns=run.recipe.turns)
+        mix = dataset.scenes.turns_mix
+        return EncodedScenes(SceneDataset("validation", size=64, turns_mix=mix), run.processor)
     return dataset
+
+
+def trained_scenes(run: Run) -> set[Any]:
+    """Keys of the embedded scenes that the stages train on; empty for other data."""
+    numbers = range(1, len(run.recipe.stages) + 1)
+    scenes = [stage_dataset(run, n).scenes for n in numbers if uses_scenes(run.recipe, n)]
+    return {key for dataset in scenes for key in dataset.scene_keys()}
+
+
+def uses_scenes(recipe: Recipe, number: int) -> bool:
+    """Whether a stage trains on the embedded scenes."""
+    return (recipe.stages[number - 1].data or recipe.data) == [MINIATURE]
 
 
 def trained_matches(stages: Sequence[dict[str, Any]]) -> Matches | None:
@@ -203,6 +250,8 @@ def load_stage_student(run: Run, number: int) -> Any:
         return student
     from peft import LoraConfig, get_peft_model
 
+    # New adapters are random: the same in a run that is resumed as in one that is not.
+    torch.manual_seed(recipe.seed + number)
     # P_s trains in full beside the adapters and belongs to their checkpoints; P_t stays frozen.
     projector = student.model.multi_modal_projector
     trained = [n for n in ("linear_1", "linear_2") if getattr(projector, n, None) is not None]
@@ -229,16 +278,16 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         run.teacher = load_model(
             teacher_source(run.recipe), run.recipe.teacher_dtype, run.recipe.trust_remote_code
         )
-    student = load_stage_student(run, number)
-    tokenizer = run.processor.tokenizer
-    trainer = DistillationTrainer(
-        model=student,
-        teacher=run.teacher if stage.needs_teacher else None,
-        args=stage_arguments(run, number),
-        train_dataset=stage_dataset(run, number),
-        data_collator=VisionTextCollator(tokenizer.pad_token_id),
-        processing_class=run.processor,
-    )
+    with user_errors():
+        student = load_stage_student(run, number)
+        trainer = DistillationTrainer(
+            model=student,
+            teacher=run.teacher if stage.needs_teacher else None,
+            args=stage_arguments(run, number),
+            train_dataset=stage_dataset(run, number),
+            data_collator=VisionTextCollator(run.processor.tokenizer.pad_token_id),
+            processing_class=run.processor,
+        )
     checkpoint = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
     of = len(run.recipe.stages)
     matches = trainer.aligner.matches if trainer.aligner else None
@@ -307,6 +356,7 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
         return json.loads(results_path.read_text())
     processor = load_processor(recipe)
     run = Run(recipe, folder, processor, state)
+    check_stages(run)
     start = time.monotonic()
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -315,7 +365,8 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
             run.say("preparing the student")
             partial = folder / "student-init.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            make_initial_student(recipe, processor, partial)
+            with user_errors():
+                make_initial_student(recipe, processor, partial)
             partial.rename(run.initial_student)
     state.wait_for_everyone()
     stages = [run_stage(run, n, resume) for n in range(1, len(recipe.stages) + 1)]
@@ -333,6 +384,7 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
                 run.model,
                 probe_samples(run),
                 trained_matches(stages),
+                trained_scenes(run),
             ),
             "seconds": round(time.monotonic() - start, 1),
         }
