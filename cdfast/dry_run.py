@@ -89,7 +89,13 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Print sizes, matched layers and stages of a recipe, and what of its data is there."""
+    """Print sizes, matched layers and stages of a recipe, and what it still needs to run.
+
+    Raises:
+        ConfigError: there is too little to build models from, or an option that cannot be used.
+    """
+    if not (recipe.student and recipe.stages):
+        recipe.check_runnable()
     console = Console()
     teacher_config, student_config = model_configs(recipe)
     student = meta_model(student_config)
@@ -143,6 +149,10 @@ def dry_run(recipe: Recipe) -> None:
             or "none given",
         )
     console.print(table)
+    try:
+        recipe.check_runnable()
+    except ConfigError as error:
+        console.print(f"not ready to run: {error}", markup=False)
 
 
 def _count(model: PreTrainedModel, trained: bool = False) -> int:

@@ -465,11 +465,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe, flags = parse_command_line(sys.argv[1:] if argv is None else argv)
         if recipe is None:
             return list_recipes()
-        recipe.check_runnable()
         if flags.dry_run:
             from cdfast.dry_run import dry_run
 
-            return dry_run(recipe)
+            with user_errors():
+                return dry_run(recipe)
+        recipe.check_runnable()
         state = PartialState(cpu=not torch.cuda.is_available())
         # Rank 0 decides, because all ranks look at a folder that it is about to fill.
         chosen: list[Any] = [None]
