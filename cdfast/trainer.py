@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -211,14 +212,13 @@ class DistillationTrainer(Trainer):
         counts = num_items_in_batch
         if counts is None:
             counts = self._counts(inputs).to(self.args.device)
-        if self.aligner is not None and self.aligner.matches is None:
-            self.aligner.calibrate(**inputs)
+        aligner = self._calibrated_aligner(inputs)
         teacher = None
         if self.teacher is not None:
             teacher = teacher_step(
                 self.teacher,
                 inputs,
-                self.aligner,
+                aligner,
                 logits=self.args.kl_weight > 0,
                 unshifted_kl_mask=self.args.unshifted_kl_mask,
             )
@@ -226,7 +226,7 @@ class DistillationTrainer(Trainer):
             labels=inputs["labels"],
             layout=inputs["layout"],
             teacher=teacher,
-            aligner=self.aligner,
+            aligner=aligner,
             unshifted_kl_mask=self.args.unshifted_kl_mask,
         )
         student_inputs = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
@@ -243,6 +243,20 @@ class DistillationTrainer(Trainer):
         total = torch.stack([getattr(self.args, f"{n}_weight") * v for n, v in means.items()]).sum()
         loss = total * self.accelerator.num_processes if training else total
         return (loss, {"loss": total, **means}) if return_outputs else loss
+
+    def _calibrated_aligner(self, inputs: dict[str, Any]) -> VisualAttentionAligner | None:
+        """The aligner, after adaptive matching has chosen; None before any rank has had an image.
+
+        All ranks align the layers that the first rank with an image has chosen.
+        """
+        aligner = self.aligner
+        if aligner is None or aligner.matches is not None:
+            return aligner
+        if inputs["layout"].num_image_samples:
+            aligner.calibrate(**inputs)
+        chosen = [matches for matches in gather_object([aligner.matches]) if matches]
+        aligner.matches = chosen[0] if chosen else None
+        return aligner if chosen else None
 
     # -- what users of Trainer see -----------------------------------------------------------------
 
