@@ -490,8 +490,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_report(folder, {recipe.name: results})
             print_summary({recipe.name: results}, folder)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_without_traceback(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _without_traceback(error: Exception) -> str:
+    """The message alone: a data loader's worker hands its traceback on as part of it."""
+    raised = f"{DataError.__module__}.{DataError.__qualname__}: "
+    return str(error).rpartition(raised)[2].strip()
 
 
 if __name__ == "__main__":
