@@ -141,6 +141,18 @@ def test_adaptive_matches_survive_a_resume(tmp_path):
     assert again.aligner.matches == first.aligner.matches
 
 
+def test_adaptive_matching_waits_for_an_image(tmp_path):
+    trainer = make_trainer(tmp_path, matching="adaptive")
+    text_only = trainer.data_collator([trainer.train_dataset[i] for i in (3, 7)])
+    _, means = trainer.compute_loss(trainer.model, text_only, return_outputs=True)
+    assert set(means) == {"loss", "lm", "kl"}
+    assert trainer.aligner.matches is None
+    mixed = trainer.data_collator([trainer.train_dataset[i] for i in (3, 4)])
+    _, means = trainer.compute_loss(trainer.model, mixed, return_outputs=True)
+    assert means["alignment"] > 0
+    assert set(trainer.aligner.matches) == {0, 1, 2}
+
+
 def test_unshifted_mask_is_the_authors_one(tmp_path):
     trainer = make_trainer(tmp_path, unshifted_kl_mask=True, learning_rate=0.0)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])

@@ -1,0 +1,129 @@
+"""Distil tiny models for a few SGD steps; run under torchrun, or called for one process.
+
+`torchrun ... -m tests.distributed.step_script FOLDER` trains every case of `CASES` on the ranks and
+writes FOLDER/<case>.pt: the trained weights of every rank, the log and the matched layers.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from cdfast import DistillationConfig, DistillationTrainer
+from cdfast.adapters import assemble_student, set_trainable, share_vision_tower
+from cdfast.encoding import VisionTextCollator
+from tests.cdfast.samples import TinySamples
+from tests.cdfast.tiny_models import sharpen, tiny_language_model, tiny_teacher
+
+GLOBAL_BATCH, STEPS = 4, 3
+# Every fourth sample has no image. Here the second rank's first batch has none.
+TEXT_ONLY_SECOND = [0, 1, 3, 7, 2, 4, 5, 11, 6, 8, 9, 15]
+TEXT_ONLY_FIRST = [3, 7, 0, 1, 4, 5, 11, 15, 2, 6, 8, 3]
+# The second batches of both ranks have none either.
+TEXT_ONLY_BOTH = [0, 1, 3, 7, 3, 7, 11, 15, 4, 5, 6, 8]
+# What a case changes. Batches are those of two ranks: one process takes the global batch at once.
+CASES = {
+    "plain": {"batch": 2},
+    "accumulation": {"batch": 1, "accumulation": 2},
+    "text only on the second rank": {"batch": 2, "order": TEXT_ONLY_SECOND},
+    "text only on the first rank": {"batch": 2, "order": TEXT_ONLY_FIRST},
+    "text only on both": {"batch": 2, "order": TEXT_ONLY_BOTH},
+    "projector": {"batch": 2, "train": "projector", "order": TEXT_ONLY_SECOND},
+    "lora": {"batch": 2, "train": "lora", "order": TEXT_ONLY_SECOND},
+    "recomputation": {
+        "batch": 1,
+        "accumulation": 2,
+        "order": [0, 3, 1, 7, 2, 4, 5, 11, 6, 8, 9, 15],
+        "options": {"gradient_checkpointing": True},
+    },
+    "adaptive": {
+        "batch": 2,
+        "order": TEXT_ONLY_FIRST,
+        "options": {"matching": "adaptive"},
+    },
+}
+
+
+class InOrder(DistillationTrainer):
+    """Takes the samples as they come, so that the test knows which rank gets which."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def make_student(train):
+    """Teacher and student that share one vision encoder, with what the case trains set."""
+    teacher = tiny_teacher()
+    student = sharpen(assemble_student(teacher, tiny_language_model(), taf=True))
+    share_vision_tower(teacher, student)
+    set_trainable(student, projector=True, language_model=train == "everything")
+    if train == "lora":
+        torch.manual_seed(0)
+        config = LoraConfig(
+            r=4,
+            lora_alpha=8,
+            init_lora_weights=False,  # so that both factors have a gradient
+            target_modules=r".*language_model.*\.(q|v|down)_proj",
+            modules_to_save=[f"multi_modal_projector.linear_{n}" for n in (1, 2)],
+        )
+        student = get_peft_model(student, config)
+    return teacher, student
+
+
+def run_case(case, folder, processes):
+    """Train one case on this process's share. Returns (weights before, weights after, trainer)."""
+    chosen = CASES[case]
+    batch, accumulation = chosen["batch"], chosen.get("accumulation", 1)
+    if processes == 1:
+        batch, accumulation = GLOBAL_BATCH, 1
+    assert processes * batch * accumulation == GLOBAL_BATCH
+    samples = TinySamples(16)
+    order = chosen.get("order", range(GLOBAL_BATCH * STEPS))
+    teacher, student = make_student(chosen.get("train", "everything"))
+    before = trained_weights(student)
+    trainer = InOrder(
+        model=student,
+        teacher=teacher,
+        args=DistillationConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=STEPS,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            alignment_weight=2.0,
+            **{"layers": "all", **chosen.get("options", {})},
+        ),
+        train_dataset=torch.utils.data.Subset(samples, list(order)),
+        data_collator=VisionTextCollator(0),
+    )
+    assert trainer.args.world_size == processes
+    trainer.train()
+    return before, trained_weights(student), trainer
+
+
+def trained_weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def main(folder):
+    for case in CASES:
+        _, after, trainer = run_case(case, folder, 2)
+        gathered = [None, None]
+        torch.distributed.all_gather_object(gathered, (after, trainer.aligner.matches))
+        if trainer.is_world_process_zero():
+            log = [entry for entry in trainer.state.log_history if "loss" in entry]
+            torch.save({"ranks": gathered, "log": log}, folder / f"{case}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
