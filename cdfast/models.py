@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,16 @@ def init_projector(model: PreTrainedModel) -> None:
 
 def make_initial_student(recipe: Recipe, processor: Any, folder: Path) -> None:
     """Write the student the first stage starts from: assembled, with a new projector if due."""
-    source: str | Path = recipe.student
-    if source == MINIATURE:
+    if recipe.student == MINIATURE:
         from cdfast.synthetic import make_student
 
-        source = make_student(folder.with_name(folder.name + "-language-model"), recipe.seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            source = make_student(Path(scratch) / "student", recipe.seed)
+            student = load_model(source, recipe.dtype)
+    else:
+        student = load_model(recipe.student, recipe.dtype, recipe.trust_remote_code)
+    # P_s is drawn below: the same for a seed, whatever was loaded.
     torch.manual_seed(recipe.seed)
-    student = load_model(source, recipe.dtype, recipe.trust_remote_code)
     is_vlm = hasattr(student.config, "vision_config")
     if recipe.teacher:
         if recipe.taf or not is_vlm:
