@@ -139,9 +139,7 @@ def run_variant(variant, options):
     def step():
         if variant == "eager":
             plain = {k: v for k, v in batch.items() if k != "layout"}
-            losses = eager_losses(
-                teacher, student, plain, aligner.matches, aligner.image_token_id
-            )
+            losses = eager_losses(teacher, student, plain, aligner.matches, aligner.image_token_id)
         else:
             chosen = aligner if variant == "dft" else None
             out = teacher_step(teacher, batch, chosen, logits=True)

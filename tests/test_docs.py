@@ -1,4 +1,4 @@
-"""The README's code and commands: run where small, parsed and dry-run where they need large models."""
+"""The README's code and commands: run if small, parsed and dry-run if they need large models."""
 
 import re
 import shlex
