@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 from transformers import LlavaProcessor, Trainer
 
 from cdfast.build_vision import covered_patches
-from cdfast.encoding import IGNORE_INDEX, VisionTextCollator, encode
+from cdfast.collator import VisionTextCollator
+from cdfast.encoding import encode
+from cdfast.losses import IGNORE_INDEX
 from cdfast.scenes import COLOURS, IMAGE_SIZE, SHAPES, Scene
 from cdfast.synthetic import VISUAL_TOKENS, VOCABULARY, SceneDataset
 

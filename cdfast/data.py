@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from cdfast.collator import VisionTextCollator
 from cdfast.encoding import (
     Sample,
-    VisionTextCollator,
     check_answers,
     check_sample,
     encode,

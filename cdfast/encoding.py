@@ -8,7 +8,6 @@ piece between placeholders.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from cdfast.chat import ChatTemplate, chat_template, message_text
 from cdfast.images import MAX_PIXELS, DataError, load_image
+from cdfast.losses import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 TURNS = ("dialogue", "independent")
 ROLES = ("system", "user", "assistant")
 # Tokens that may merge with the text a processor puts around an image.
@@ -442,91 +441,3 @@ def _runs(labels: list[int]) -> list[list[int]]:
 
 def _ends_with_added(tokenizer: Any, last: int) -> bool:
     return last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder
-
-
-def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate along dim 0; other dims are padded with zeros at the end to the largest."""
-    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
-    out = tensors[0].new_zeros([sum(len(t) for t in tensors), *shape])
-    at = 0
-    for tensor in tensors:
-        region = (slice(at, at + len(tensor)), *(slice(size) for size in tensor.shape[1:]))
-        out[region] = tensor
-        at += len(tensor)
-    return out
-
-
-class VisionTextCollator:
-    """Pad encoded samples to one batch.
-
-    Args:
-        pad_token_id: what fills `input_ids`; labels are filled with -100, everything else
-            with 0.
-        padding_side: "right" or "left".
-        pad_to_multiple_of: round the length up to a multiple of this.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
-
-    def __init__(
-        self, pad_token_id: int, padding_side: str = "right", pad_to_multiple_of: int | None = None
-    ):
-        if pad_token_id is None:
-            raise ValueError(
-                "pad_token_id: expected a token id, got None; set tokenizer.pad_token first"
-            )
-        if padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side: expected 'right' or 'left', got {padding_side!r}")
-        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of: expected at least 1, got {pad_to_multiple_of}")
-        self.pad_token_id = pad_token_id
-        self.padding_side = padding_side
-        self.pad_to_multiple_of = pad_to_multiple_of
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch.
-
-        Args:
-            samples: what `encode` returned, at least one.
-
-        Returns:
-            `input_ids`, `attention_mask`, `labels` (B, N) int64; the image tensors of all samples
-            concatenated along dim 0 (no such key when no sample has an image); extras, and
-            `segment_ids` and `position_ids` where every sample has them, (B, N); `sample_ids`, the
-            samples' sources.
-
-        Raises:
-            ValueError: no samples.
-        """
-        if not samples:
-            raise ValueError("samples: expected at least one, got none")
-        length = max(len(sample["input_ids"]) for sample in samples)
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-        ids = [sample["input_ids"] for sample in samples]
-        batch: dict[str, Any] = {
-            "input_ids": self._pad(ids, length, self.pad_token_id),
-            "attention_mask": self._pad([torch.ones_like(row) for row in ids], length, 0),
-            "labels": self._pad([sample["labels"] for sample in samples], length, IGNORE_INDEX),
-        }
-        for name in sorted({name for sample in samples for name in sample.get("extras", {})}):
-            rows = [
-                sample.get("extras", {}).get(name, torch.zeros_like(row))
-                for sample, row in zip(samples, ids)
-            ]
-            batch[name] = self._pad(rows, length, 0)
-        if all("segment_ids" in sample for sample in samples):
-            batch["position_ids"] = self._pad([s["position_ids"] for s in samples], length, 0)
-            batch["segment_ids"] = self._pad([s["segment_ids"] for s in samples], length, 0)
-        for name in sorted({name for sample in samples for name in sample["images"]}):
-            batch[name] = _concatenate([s["images"][name] for s in samples if name in s["images"]])
-        batch["sample_ids"] = [sample["source"] for sample in samples]
-        return batch
-
-    def _pad(self, rows: list[Tensor], length: int, value: int) -> Tensor:
-        out = rows[0].new_full((len(rows), length), value)
-        for n, row in enumerate(rows):
-            at = 0 if self.padding_side == "right" else length - len(row)
-            out[n, at : at + len(row)] = row
-        return out

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from cdfast.aligner import VisualAttentionAligner, build_layout
+from cdfast.collator import VisionTextCollator
 from cdfast.config import Recipe
-from cdfast.encoding import VisionTextCollator
 from cdfast.matching import Matches
 from cdfast.models import load_model, teacher_source
 from cdfast.similarity import layer_similarity, matched_similarity

@@ -267,7 +267,7 @@ def load_stage_student(run: Run, number: int) -> Any:
 
 def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     """Train one stage, or read what it has left if it is done. Returns its log and timings."""
-    from cdfast.encoding import VisionTextCollator
+    from cdfast.collator import VisionTextCollator
     from cdfast.trainer import DistillationTrainer
 
     stage, folder = run.recipe.stages[number - 1], run.stage_folder(number)

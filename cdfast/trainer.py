@@ -133,7 +133,7 @@ class DistillationTrainer(Trainer):
         if data_collator is None:
             raise ValueError(
                 "data_collator: expected one that returns input_ids, attention_mask, labels and "
-                "image inputs; got None. Use cdfast.encoding.VisionTextCollator."
+                "image inputs; got None. Use cdfast.collator.VisionTextCollator."
             )
         wanted = [n for n in ("kl_weight", "alignment_weight") if getattr(args, n) > 0]
         if wanted and teacher is None:

@@ -14,7 +14,8 @@ from cdfast import synthetic
 from cdfast.build_miniature import build
 from cdfast.build_teacher import hop_targets, lookup_targets, turn_mask
 from cdfast.build_vision import patch_labels
-from cdfast.encoding import VisionTextCollator, encode
+from cdfast.collator import VisionTextCollator
+from cdfast.encoding import encode
 from cdfast.questions import (
     DEFAULT_CR_WEIGHTS,
     TURN_KINDS,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import share_vision_tower
-from cdfast.encoding import VisionTextCollator
+from cdfast.collator import VisionTextCollator
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.tiny_models import tiny_llava, tiny_teacher
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import assemble_student, set_trainable, share_vision_tower
-from cdfast.encoding import VisionTextCollator
+from cdfast.collator import VisionTextCollator
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.tiny_models import sharpen, tiny_language_model, tiny_teacher
 
