@@ -285,19 +285,20 @@ class Killed(BaseException):
     """As an interrupt: nothing on the way may catch it."""
 
 
-# Options of the stage that is interrupted, and how often it saves.
+# Options of the stage that is interrupted, how often it saves, and whether the student has TAF: one
+# without is saved under other parameter names than it has in memory.
 RESUMED = {
-    "lora": ({"lora": True}, 2),
-    "lora, no checkpoint yet": ({"lora": True}, 2),
-    "muon": ({"muon_learning_rate": 1e-2}, 1),
+    "lora": ({"lora": True}, 2, True),
+    "lora, no checkpoint yet": ({"lora": True}, 2, True),
+    "muon": ({"muon_learning_rate": 1e-2}, 1, False),
 }
 SAVED = {"lora": ["checkpoint-2"], "muon": ["checkpoint-2", "checkpoint-3"]}
 
 
 def resume_recipe(folder, kind):
-    settings, save_steps = RESUMED[kind]
+    settings, save_steps, taf = RESUMED[kind]
     second = {"stage": "dft", "max_steps": 4, "arguments": {"save_steps": save_steps}, **settings}
-    return write_recipe(folder, [{"stage": "dpt"}, second], lora_dropout=0.1)
+    return write_recipe(folder, [{"stage": "dpt"}, second], lora_dropout=0.1, taf=taf)
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +373,17 @@ def test_resuming_a_finished_run_trains_nothing(uninterrupted, paths, monkeypatc
     monkeypatch.setattr(DistillationTrainer, "train", None)
     main([str(folder / "given.yaml"), *options(paths, folder / "run"), "--resume"])
     assert results_of(folder / "run") == before
+
+
+def test_resuming_with_other_options_is_refused(paths, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, [{"stage": "dpt", "max_steps": 1}])
+    main([str(recipe), *options(paths, tmp_path / "run")])
+    before = results_of(tmp_path / "run")
+    given = [recipe, *options(paths, tmp_path / "run"), "--resume", "--kl-weight", "0.5"]
+    printed = refused(given, capsys)
+    assert "--resume: stages[1].kl_weight was 1.0" in printed
+    assert "Give the same options" in printed
+    assert results_of(tmp_path / "run") == before
 
 
 def test_overwrite_starts_anew(paths, tmp_path):
