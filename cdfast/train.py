@@ -17,9 +17,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,340 +25,60 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
-from cdfast.adapters import set_trainable, share_vision_tower
 from cdfast.config import (
-    MINIATURE,
-    PROJECTOR_ONLY,
     ConfigError,
     Recipe,
-    StageRecipe,
+    from_dict,
     load_recipe,
     override,
     parse_command_line,
     recipe_files,
     to_dict,
 )
-from cdfast.data import DataError, load_dataset
-from cdfast.matching import Matches
-from cdfast.models import load_model, load_processor, make_initial_student, teacher_source
+from cdfast.data import DataError
+from cdfast.models import load_processor, make_initial_student
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
+from cdfast.stages import (
+    Run,
+    check_stages,
+    probe_samples,
+    run_stage,
+    trained_matches,
+    trained_scenes,
+    user_errors,
+    write_json,
+)
 
-STAGE_FILE = "stage.json"
+RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
-# Trainer settings that a recipe's `arguments` may change.
-_DEFAULT_ARGUMENTS: dict[str, Any] = {
-    "logging_steps": 10,
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-
-
-@dataclass
-class Run:
-    """One recipe on its way through the stages."""
-
-    recipe: Recipe
-    folder: Path
-    processor: Any
-    state: PartialState
-    teacher: PreTrainedModel | None = None
-    # Opened files by (data, roots): checking the records of a large set takes minutes.
-    datasets: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def initial_student(self) -> Path:
-        return self.folder / "student-init"
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    def stage_folder(self, number: int) -> Path:
-        return self.folder / "stages" / f"{number}-{self.recipe.stages[number - 1].stage}"
-
-    def student_after(self, number: int) -> Path:
-        """Where stage `number` (1-based) leaves the student; 0 is before the first."""
-        if number == 0:
-            return self.initial_student
-        last = number == len(self.recipe.stages)
-        return self.model if last else self.stage_folder(number) / "model"
-
-    def say(self, text: str) -> None:
-        if self.state.is_main_process:
-            print(text, flush=True)
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Around what is built from a recipe: a ValueError there is about an option, not a bug."""
-    try:
-        yield
-    except (ConfigError, DataError):
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def check_stages(run: Run) -> None:
-    """Refuse before the first stage what would otherwise show when a later one begins.
-
-    Raises:
-        ConfigError: a stage's data file or image root does not exist, or its options are no
-            `DistillationConfig`.
-    """
-    for number, stage in enumerate(run.recipe.stages, 1):
-        where = f"stage {number} ({stage.stage})"
-        for path in stage.data or run.recipe.data:
-            if path != MINIATURE and not Path(path).exists():
-                raise ConfigError(f"data: {where}: expected an existing file; got {path!r}.")
-        for path in stage.image_root or run.recipe.image_root:
-            if not Path(path).is_dir():
-                raise ConfigError(f"image_root: {where}: expected a folder; got {path!r}.")
-        with user_errors():
-            stage_arguments(run, number)
-
-
-def stage_dataset(run: Run, number: int) -> Any:
-    """The encoded training samples of a stage."""
-    recipe, stage = run.recipe, run.recipe.stages[number - 1]
-    data = stage.data or recipe.data
-    if uses_scenes(recipe, number):
-        from cdfast.synthetic import EncodedScenes, SceneDataset
-
-        steps = stage.max_steps
-        if steps < 1:
-            raise ConfigError(
-                f"max_steps: expected at least 1, because embedded scenes are generated step by "
-                f"step; got {steps} in stage {number} ({stage.stage}). Give --max-steps N."
-            )
-        per_step = stage.batch_size * stage.gradient_accumulation_steps * run.state.num_processes
-        mix: dict[str, Any] = {"turns_mix": stage.turns_mix} if stage.turns_mix else {}
-        scenes = SceneDataset(
-            "train", seed=recipe.seed * 100 + number, size=steps * per_step, **mix
-        )
-        return EncodedScenes(scenes, run.processor)
-    roots = stage.image_root or recipe.image_root
-    key = (*data, None, *roots)
-    if key not in run.datasets:
-        run.datasets[key] = load_dataset(
-            data,
-            roots,
-            run.processor,
-            max_length=recipe.max_length,
-            turns=recipe.turns,
-            on_error=recipe.on_error,
-            max_pixels=recipe.max_pixels,
-        )
-    return run.datasets[key]
-
-
-def probe_samples(run: Run) -> Any:
-    """Samples to compare attention on: fresh scenes, or the last stage's data."""
-    number = len(run.recipe.stages)
-    dataset = stage_dataset(run, number)
-    if uses_scenes(run.recipe, number):
-        from cdfast.synthetic import EncodedScenes, SceneDataset
-
-        mix = dataset.scenes.turns_mix
-        return EncodedScenes(SceneDataset("validation", size=64, turns_mix=mix), run.processor)
-    return dataset
-
-
-def trained_scenes(run: Run) -> set[Any]:
-    """Keys of the embedded scenes that the stages train on; empty for other data."""
-    numbers = range(1, len(run.recipe.stages) + 1)
-    scenes = [stage_dataset(run, n).scenes for n in numbers if uses_scenes(run.recipe, n)]
-    return {key for dataset in scenes for key in dataset.scene_keys()}
-
-
-def uses_scenes(recipe: Recipe, number: int) -> bool:
-    """Whether a stage trains on the embedded scenes."""
-    return (recipe.stages[number - 1].data or recipe.data) == [MINIATURE]
-
-
-def trained_matches(stages: Sequence[dict[str, Any]]) -> Matches | None:
-    """The matched layers of the last stage that aligned attention."""
-    for stage in reversed(stages):
-        if stage["matches"]:
-            return {int(k): tuple(v) for k, v in stage["matches"].items()}
-    return None
-
-
-def stage_arguments(run: Run, number: int) -> Any:
-    """`DistillationConfig` of a stage."""
-    from cdfast.trainer import DistillationConfig
-
-    recipe, stage = run.recipe, run.recipe.stages[number - 1]
-    cuda = torch.cuda.is_available()
-    # transformers 5.23 renames gradient_ to activation_checkpointing; 5.17 has the old name.
-    names = {f.name for f in fields(DistillationConfig)}
-    prefix = "activation" if "activation_checkpointing" in names else "gradient"
-    values: dict[str, Any] = {
-        **_DEFAULT_ARGUMENTS,
-        "output_dir": str(run.stage_folder(number)),
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        "use_cpu": not cuda,
-        "dataloader_num_workers": recipe.workers,
-        "num_train_epochs": stage.epochs,
-        "max_steps": stage.max_steps,
-        "per_device_train_batch_size": stage.batch_size,
-        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
-        "learning_rate": stage.learning_rate,
-        "muon_learning_rate": stage.muon_learning_rate,
-        "lr_scheduler_type": stage.lr_scheduler_type,
-        "warmup_steps": stage.warmup,
-        "weight_decay": stage.weight_decay,
-        "max_grad_norm": stage.max_grad_norm,
-        "lm_weight": stage.lm_weight,
-        "kl_weight": stage.kl_weight,
-        "alignment_weight": stage.alignment_weight,
-        **{
-            name: getattr(recipe, name)
-            for name in (
-                "preset",
-                "objective",
-                "matching",
-                "layers",
-                "layer_reduction",
-                "backend",
-                "unshifted_kl_mask",
-            )
-        },
-        f"{prefix}_checkpointing": stage.gradient_checkpointing,
-        **recipe.arguments,
-        **stage.arguments,
-    }
-    return DistillationConfig(**values)
-
-
-def load_stage_student(run: Run, number: int) -> Any:
-    """The student of the stage before, with what this stage trains set, LoRA around it if asked."""
-    recipe, stage = run.recipe, run.recipe.stages[number - 1]
-    student = load_model(run.student_after(number - 1), recipe.dtype, recipe.trust_remote_code)
-    if run.teacher is not None and recipe.share_vision_tower:
-        share_vision_tower(run.teacher, student)
-    full = stage.stage not in PROJECTOR_ONLY
-    set_trainable(student, projector=True, language_model=full and not stage.lora)
-    if not (full and stage.lora):
-        return student
-    from peft import LoraConfig, get_peft_model
-
-    # New adapters are random: the same in a run that is resumed as in one that is not.
-    torch.manual_seed(recipe.seed + number)
-    # P_s trains in full beside the adapters and belongs to their checkpoints; P_t stays frozen.
-    projector = student.model.multi_modal_projector
-    trained = [n for n in ("linear_1", "linear_2") if getattr(projector, n, None) is not None]
-    config = LoraConfig(
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        modules_to_save=[f"multi_modal_projector.{name}" for name in trained],
-    )
-    return get_peft_model(student, config)
-
-
-def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
-    """Train one stage, or read what it has left if it is done. Returns its log and timings."""
-    from cdfast.collator import VisionTextCollator
-    from cdfast.trainer import DistillationTrainer
-
-    stage, folder = run.recipe.stages[number - 1], run.stage_folder(number)
-    if (folder / STAGE_FILE).exists():
-        run.say(f"stage {number} ({stage.stage}): done already")
-        return json.loads((folder / STAGE_FILE).read_text())
-    if stage.needs_teacher and run.teacher is None:
-        run.teacher = load_model(
-            teacher_source(run.recipe), run.recipe.teacher_dtype, run.recipe.trust_remote_code
-        )
-    with user_errors():
-        student = load_stage_student(run, number)
-        trainer = DistillationTrainer(
-            model=student,
-            teacher=run.teacher if stage.needs_teacher else None,
-            args=stage_arguments(run, number),
-            train_dataset=stage_dataset(run, number),
-            data_collator=VisionTextCollator(run.processor.tokenizer.pad_token_id),
-            processing_class=run.processor,
-        )
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
-    of = len(run.recipe.stages)
-    matches = trainer.aligner.matches if trainer.aligner else None
-    run.say(f"stage {number} of {of} ({stage.stage}): " + _describe(student, stage, matches))
-    if checkpoint:
-        run.say(f"resuming from {checkpoint}")
-    start = time.monotonic()
-    output = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - start
-    _export(run, trainer, number)
-    skipped = getattr(trainer.train_dataset, "skipped", None)
-    result = {
-        "stage": stage.stage,
-        "steps": output.global_step,
-        "seconds": round(seconds, 2),
-        "samples_per_second": output.metrics.get("train_samples_per_second"),
-        "matches": _matches_as_json(trainer.aligner),
-        "skipped": dict(skipped) if skipped else {},
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-    }
-    if run.state.is_main_process:
-        _write_json(folder / STAGE_FILE, result)
-    run.state.wait_for_everyone()
-    return result
-
-
-def _matches_as_json(aligner: Any) -> dict[str, list[int]] | None:
-    """Matched layers after training, when adaptive matching has chosen too."""
-    return aligner.state_dict()["matches"] if aligner else None
-
-
-def _describe(student: Any, stage: StageRecipe, matches: Any) -> str:
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = f"LM {stage.lm_weight:g} + KL {stage.kl_weight:g}"
-    text = f"{trained:,} trained parameters; {weights} + alignment {stage.alignment_weight:g}"
-    if matches:
-        pairs = "; ".join(f"{s} <- {','.join(map(str, t))}" for s, t in matches.items())
-        text += f"; student layer <- teacher layers: {pairs}"
-    return text
-
-
-def _export(run: Run, trainer: Any, number: int) -> None:
-    """Write the student after a stage: plain weights, LoRA merged; complete or not there at all."""
-    target = run.student_after(number)
-    if run.state.is_main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        run.processor.save_pretrained(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    run.state.wait_for_everyone()
+# What may change when a run is resumed: nothing that the trained weights depend on.
+_FREE_ON_RESUME = ("output_dir", "description", "workers", "compare", "evaluate")
 
 
 def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, Any]:
-    """Run all stages of a recipe in `folder`, evaluate, and write results and report.
+    """Run all stages of a recipe in `folder`, evaluate, and write results.
 
     Returns:
         What results.json holds.
+
+    Raises:
+        ConfigError: a stage that cannot run, or a run that was started with other options.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     results_path = folder / RESULTS_FILE
-    if resume and results_path.exists():
-        return json.loads(results_path.read_text())
+    if resume:
+        check_same_recipe(recipe, folder)
+        if results_path.exists():
+            return json.loads(results_path.read_text())
     processor = load_processor(recipe)
     run = Run(recipe, folder, processor, state)
     check_stages(run)
     start = time.monotonic()
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
+        (folder / RECIPE_FILE).write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
         if not (run.initial_student / "config.json").exists():
             run.say("preparing the student")
             partial = folder / "student-init.partial"
@@ -388,9 +106,37 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
             ),
             "seconds": round(time.monotonic() - start, 1),
         }
-        _write_json(results_path, results)
+        write_json(results_path, results)
     state.wait_for_everyone()
     return results
+
+
+def check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Refuse to continue a run with other options than it was started with.
+
+    Raises:
+        ConfigError: an option that the weights depend on differs; it is named.
+    """
+    path = folder / RECIPE_FILE
+    if not path.exists():
+        return
+    then = _options(from_dict(Recipe, yaml.safe_load(path.read_text()), str(path)))
+    now = _options(recipe)
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            raise ConfigError(
+                f"--resume: {name} was {then.get(name)!r} when the run in {folder} was started; "
+                f"got {now.get(name)!r}. Give the same options, or start a new run in another "
+                "--output-dir."
+            )
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """Every option that the weights depend on, by name; those of stages as stages[n].name."""
+    values = {k: v for k, v in to_dict(recipe).items() if k not in _FREE_ON_RESUME}
+    for number, stage in enumerate(values.pop("stages"), 1):
+        values |= {f"stages[{number}].{name}": value for name, value in stage.items()}
+    return values
 
 
 def run_compare(recipe: Recipe, names: Sequence[str], folder: Path, resume: bool) -> None:
@@ -414,15 +160,9 @@ def run_compare(recipe: Recipe, names: Sequence[str], folder: Path, resume: bool
     for name, variant in variants.items():
         results[name] = run_recipe(variant, folder / "compare" / name, resume)
     if PartialState().is_main_process:
-        _write_json(folder / "compare.json", results)
+        write_json(folder / "compare.json", results)
         write_report(folder, results)
         print_summary(results, folder)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.rename(path)
 
 
 def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
@@ -442,7 +182,7 @@ def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
             return max(existing, key=lambda path: path.stat().st_mtime)
         return next(path for path in taken if not path.exists())
     folder = Path(recipe.output_dir)
-    if overwrite and (folder / "recipe.yaml").exists():
+    if overwrite and (folder / RECIPE_FILE).exists():
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()) and not resume:
         raise ConfigError(
