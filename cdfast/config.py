@@ -23,6 +23,8 @@ from transformers import TrainingArguments
 
 STAGES = ("pretrain", "sft", "dpt", "dft")
 MINIATURE = "miniature"
+# The recipe of a command line that names none: the miniature, or, with models or data, this one.
+OWN_MODELS = "compodistill"
 _TRAINER_TYPES = {
     name: hint
     for name, hint in typing.get_type_hints(TrainingArguments).items()
@@ -406,8 +408,11 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
             )
     # The recipe comes first: argparse would take the value of an option it does not know for it.
     argv = list(argv)
-    source = argv.pop(0) if argv and not argv[0].startswith("-") else MINIATURE
+    source = argv.pop(0) if argv and not argv[0].startswith("-") else None
     namespace, rest = parser.parse_known_args(argv)
+    if source is None:
+        own = any(hasattr(namespace, name) for name in ("teacher", "student", "data"))
+        source = OWN_MODELS if own else MINIATURE
     flag_names = ("list", "compare", "resume", "overwrite", "dry_run")
     options = {k: v for k, v in vars(namespace).items() if k not in flag_names}
     options |= _pairs(rest)

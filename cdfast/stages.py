@@ -181,6 +181,7 @@ def stage_arguments(run: Run, number: int) -> Any:
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "use_cpu": not cuda,
+        "bf16": cuda and torch.cuda.is_bf16_supported(),
         "dataloader_num_workers": recipe.workers,
         "num_train_epochs": stage.epochs,
         "max_steps": stage.max_steps,

@@ -115,6 +115,9 @@ class DistillationTrainer(Trainer):
             and image inputs; optionally segment_ids with position_ids.
         Others: see transformers.Trainer.
 
+    Where both models have the same frozen vision encoder, `cdfast.adapters.share_vision_tower`
+    before this makes it run once per batch.
+
     Raises:
         ValueError: a weight that needs a teacher without one; a model that cannot be aligned.
     """

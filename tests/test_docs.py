@@ -76,13 +76,24 @@ def test_loading_example_runs(tmp_path):
     assert type(namespace["model"]).__name__ == "CdfastLlavaForConditionalGeneration"
 
 
+@pytest.fixture
+def readers_files(tmp_path, monkeypatch):
+    """What the README calls path/to/llava and path/to/small-llm, in the working folder."""
+    from tests.cdfast.tiny_models import tiny_language_model, tiny_teacher
+
+    monkeypatch.chdir(tmp_path)
+    tiny_teacher().save_pretrained("path/to/llava")
+    tiny_language_model().save_pretrained("path/to/small-llm")
+
+
 @pytest.mark.parametrize("command", train_commands())
-def test_train_commands_are_valid(command, capsys):
+def test_train_commands_are_valid(command, readers_files, capsys):
     from cdfast.train import main
 
-    arguments = train_arguments(command)
-    main([*arguments, "--dry-run"])
-    assert "stages" in capsys.readouterr().out
+    main([*train_arguments(command), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "stages" in printed
+    assert "not ready to run" not in printed
 
 
 def test_there_are_commands_to_check():

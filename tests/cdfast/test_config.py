@@ -59,6 +59,8 @@ def test_shipped_recipe_runs_once_its_checkpoints_and_data_are_given(name):
     given = {} if loaded.data else {"data": ["x.json"]}
     if loaded.teacher is None and any(s.needs_teacher for s in loaded.stages):
         given["teacher"] = "folder"
+    if not loaded.student:
+        given["student"] = "folder"
     override(loaded, given).check_runnable()
 
 
@@ -68,6 +70,15 @@ def test_written_recipe_reads_as_the_same(name, tmp_path):
     path = tmp_path / "again.yaml"
     path.write_text(yaml.safe_dump(to_dict(loaded), sort_keys=False))
     assert load_recipe(str(path)) == loaded
+
+
+def test_command_line_without_a_recipe():
+    """The miniature, unless it names models or data of one's own."""
+    assert parse_command_line([])[0].name == "miniature"
+    assert parse_command_line(["--max-steps", "3"])[0].name == "miniature"
+    for option in ("--teacher", "--student", "--data"):
+        assert parse_command_line([option, "x"])[0].name == "compodistill"
+    assert parse_command_line(["miniature", "--student", "x"])[0].name == "miniature"
 
 
 def test_variants_of_the_miniature_resolve():
@@ -339,11 +350,11 @@ def test_training_arguments_pass_through_with_their_type(name, text, want, tmp_p
     TrainingArguments(**{"output_dir": str(tmp_path), "use_cpu": True, **changed.arguments})
     staged, _ = parse_command_line(["miniature", f"--dpt.{name}", text])
     assert staged.stages[0].arguments[name] == want
-    assert name not in staged.arguments
+    assert staged.arguments == load_recipe("miniature").arguments
 
 
 def test_flag_of_training_arguments_without_a_value():
-    assert parse_command_line(["miniature", "--bf16"])[0].arguments == {"bf16": True}
+    assert parse_command_line(["miniature", "--bf16"])[0].arguments["bf16"] is True
 
 
 def test_yaml_words_in_arguments_are_read_as_the_field_means_them(tmp_path):
