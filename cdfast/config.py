@@ -376,7 +376,6 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
         epilog="Stage options may be given for one kind of stage, as --dft.max-steps 100. Every "
         "field of transformers.TrainingArguments is an option too, as --save-steps 50.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flags = parser.add_argument_group("flags")
     for name, text in {
@@ -397,14 +396,16 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
         for f in group:
             if title == "stage" and f.name in {r.name for r in _RECIPE_FIELDS}:
                 continue
-            default = f.default if f.default is not dataclasses.MISSING else []
+            # What a recipe has that does not name the field; an empty value says nothing.
+            shown = "" if f.default in (dataclasses.MISSING, None, "") else f" ({f.default})"
             several = "list" in str(f.type)
             section.add_argument(
                 f"--{f.name.replace('_', '-')}",
                 nargs="*" if several else "?",
                 const=None if several else "true",
+                metavar="VALUE",
                 default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']} (recipe default: {default})".replace("%", "%%"),
+                help=f"{f.metadata['help']}{shown}".replace("%", "%%"),
             )
     # The recipe comes first: argparse would take the value of an option it does not know for it.
     argv = list(argv)

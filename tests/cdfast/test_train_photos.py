@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionModel
 from transformers import Qwen2ForCausalLM as Qwen2
 
+from cdfast.config import recipe_files
 from cdfast.train import main
 from cdfast.trainer import DistillationTrainer
 from tests.cdfast import photo_setup
@@ -314,6 +314,7 @@ def uninterrupted(paths, tmp_path_factory):
 KILL = """
 import os, sys
 from cdfast.trainer import DistillationTrainer
+from cdfast.config import recipe_files
 from cdfast.train import main
 
 step = DistillationTrainer.training_step
@@ -384,6 +385,15 @@ def test_resuming_with_other_options_is_refused(paths, tmp_path, capsys):
     assert "--resume: stages[1].kl_weight was 1.0" in printed
     assert "Give the same options" in printed
     assert results_of(tmp_path / "run") == before
+
+
+def test_a_run_is_not_resumed_with_other_options(uninterrupted, paths, capsys):
+    folder = uninterrupted["lora"]
+    given = [folder / "given.yaml", *options(paths, folder / "run"), "--resume"]
+    printed = refused([*given, "--dft.learning-rate", "0.5"], capsys)
+    assert "--resume: stages[2].learning_rate was 0.01" in printed
+    assert "got 0.5" in printed
+    main([*map(str, given), "--workers", "1"])  # what the weights do not depend on may change
 
 
 def test_overwrite_starts_anew(paths, tmp_path):
@@ -664,9 +674,8 @@ def test_list_names_every_shipped_recipe(capsys):
     main(["--list"])
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
-    assert Counter(names) == Counter(
-        ["miniature", "compodistill-2b", "compodistill-2b-official", "llava-4b-teacher"]
-    )
+    assert sorted(names) == sorted(recipe_files())
+    assert {"miniature", "compodistill-2b", "llava-4b-teacher"} <= set(names)
     assert all(len(line.split()) > 4 for line in lines)
 
 
@@ -718,6 +727,15 @@ def test_dry_run_of_the_miniature(capsys, monkeypatch):
     assert set(sizes(printed)) == {"teacher", "student"}
     assert max(sizes(printed).values()) < 2e6
     assert "not ready" not in printed
+
+
+def test_dry_run_of_the_recipe_for_models_of_ones_own(paths, tmp_path, capsys, monkeypatch):
+    given = options(paths, tmp_path / "run")
+    printed = dry_run(["compodistill", *given], capsys, monkeypatch)
+    assert set(sizes(printed)) == {"teacher", "student"}
+    assert "1 <- 1..3" in printed
+    assert "not ready" not in printed
+    assert "Give --student PATH" in refused(["compodistill", "--dry-run"], capsys)
 
 
 @pytest.mark.slow
