@@ -314,7 +314,6 @@ def uninterrupted(paths, tmp_path_factory):
 KILL = """
 import os, sys
 from cdfast.trainer import DistillationTrainer
-from cdfast.config import recipe_files
 from cdfast.train import main
 
 step = DistillationTrainer.training_step
@@ -384,16 +383,9 @@ def test_resuming_with_other_options_is_refused(paths, tmp_path, capsys):
     printed = refused(given, capsys)
     assert "--resume: stages[1].kl_weight was 1.0" in printed
     assert "Give the same options" in printed
+    # What the weights do not depend on may change.
+    main([str(recipe), *options(paths, tmp_path / "run"), "--resume", "--workers", "1"])
     assert results_of(tmp_path / "run") == before
-
-
-def test_a_run_is_not_resumed_with_other_options(uninterrupted, paths, capsys):
-    folder = uninterrupted["lora"]
-    given = [folder / "given.yaml", *options(paths, folder / "run"), "--resume"]
-    printed = refused([*given, "--dft.learning-rate", "0.5"], capsys)
-    assert "--resume: stages[2].learning_rate was 0.01" in printed
-    assert "got 0.5" in printed
-    main([*map(str, given), "--workers", "1"])  # what the weights do not depend on may change
 
 
 def test_overwrite_starts_anew(paths, tmp_path):
