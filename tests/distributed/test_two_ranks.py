@@ -19,6 +19,15 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are slower on more, several times over on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def torchrun(*arguments, cwd):
     """Two processes that meet at a free port."""
     environment = {
