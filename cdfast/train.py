@@ -78,7 +78,8 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
     start = time.monotonic()
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
+        if not (folder / RECIPE_FILE).exists():  # other ranks may be reading it to resume
+            (folder / RECIPE_FILE).write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
         if not (run.initial_student / "config.json").exists():
             run.say("preparing the student")
             partial = folder / "student-init.partial"
