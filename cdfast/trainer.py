@@ -309,16 +309,31 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
         if isinstance(model, PreTrainedModel):
-            # Trainer loads the file's names as they are and ignores those that do not fit. Several
-            # models (LLaVA among them) are saved under other names than they have in memory, so it
-            # would restore nothing and go on; from_pretrained translates the names.
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
+            _load_weights(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / ALIGNMENT_FILE
         if self.aligner is not None and path.exists():
             self.aligner.load_state_dict(json.loads(path.read_text()))
+
+    def _load_best_model(self) -> None:
+        best, model = self.state.best_model_checkpoint, self.model
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if best and isinstance(model, PreTrainedModel) and not sharded:
+            _load_weights(model, best)
+        else:
+            super()._load_best_model()
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """Put a checkpoint's weights into `model`.
+
+    Trainer loads the file's names as they are and ignores those that do not fit. Several models
+    (LLaVA among them) are saved under other names than they have in memory, so it would restore
+    nothing and go on; from_pretrained translates the names.
+    """
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
 
 
 def unwrap_student(model: nn.Module) -> PreTrainedModel:

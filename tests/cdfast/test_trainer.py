@@ -5,17 +5,21 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 
 from cdfast import DistillationConfig, DistillationTrainer
-from cdfast.adapters import share_vision_tower
+from cdfast.adapters import share_vision_tower, vision_tower
 from cdfast.collator import VisionTextCollator
+from cdfast.trainer import unwrap_student
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.tiny_models import tiny_llava, tiny_teacher
 
 TOLERANCE = 1e-5
 
 
-def make_trainer(folder, student=None, teacher=None, size=8, text_only_every=4, **options):
+def make_trainer(
+    folder, student=None, teacher=None, size=8, text_only_every=4, eval_dataset=None, **options
+):
     values = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -33,13 +37,14 @@ def make_trainer(folder, student=None, teacher=None, size=8, text_only_every=4, 
         "alignment_weight": 2.0,
     }
     student = student or tiny_llava()
-    student.model.vision_tower.requires_grad_(False)
+    vision_tower(unwrap_student(student))[2].requires_grad_(False)
     teacher = tiny_teacher() if teacher is None else teacher
     return DistillationTrainer(
         model=student,
         teacher=teacher or None,
         args=DistillationConfig(**{**values, **options}),
         train_dataset=TinySamples(size, text_only_every=text_only_every),
+        eval_dataset=eval_dataset,
         data_collator=VisionTextCollator(0),
     )
 
@@ -127,6 +132,32 @@ def test_resume_continues_bitwise(tmp_path):
     assert all(torch.equal(got[n], want[n]) for n in want)
     tail = [e["loss"] for e in whole.state.log_history if "loss" in e][3:]
     assert [e["loss"] for e in again.state.log_history if "loss" in e][3:] == tail
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_best_model_is_loaded_at_the_end(tmp_path, lora):
+    """What is left in memory are the weights of the best step, not of the last."""
+    student, targets = tiny_llava(), r".*language_model.*\.(q|k|v|o)_proj"
+    if lora:
+        student = get_peft_model(student, LoraConfig(r=4, target_modules=targets))
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        max_steps=3,
+        learning_rate=1.0,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=TinySamples(4, seed=1),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    trainer.train()
+    losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    best = min(losses)
+    assert best < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
 
 
 def test_adaptive_matches_survive_a_resume(tmp_path):
