@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -104,18 +105,22 @@ def student_step(
 
 def add_student_step(student: PreTrainedModel) -> None:
     """Make `student(..., task=StudentTask(...))` return `student_step`; other calls stay as is."""
-    if hasattr(student.forward, "cdfast_stock_forward"):
+    if hasattr(student.forward, "cdfast_student_step"):
         return
-    stock_forward = student.forward
+    stock: Any = student.forward
+    function = getattr(stock, "__func__", lambda _, *args, **inputs: stock(*args, **inputs))
 
-    @functools.wraps(stock_forward)
-    def forward(*args: Any, task: StudentTask | None = None, **inputs: Any) -> Any:
+    @functools.wraps(function)
+    def forward(
+        self: PreTrainedModel, *args: Any, task: StudentTask | None = None, **inputs: Any
+    ) -> Any:
         if task is None:
-            return stock_forward(*args, **inputs)
-        return student_step(student, inputs, task)
+            return function(self, *args, **inputs)
+        return student_step(self, inputs, task)
 
-    forward.cdfast_stock_forward = stock_forward  # type: ignore[attr-defined]
-    student.forward = forward  # type: ignore[method-assign]
+    forward.cdfast_student_step = True  # type: ignore[attr-defined]
+    # A method, not a closure over the student: copy.deepcopy binds it to the copy.
+    student.forward = MethodType(forward, student)  # type: ignore[method-assign]
 
 
 def output_weight(model: PreTrainedModel) -> Tensor:

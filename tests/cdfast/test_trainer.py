@@ -1,6 +1,8 @@
 """DistillationTrainer: normalisation over the global step, logs, resume, refusals."""
 
+import copy
 import json
+import math
 
 import pytest
 import torch
@@ -100,6 +102,20 @@ def test_losses_equal_their_definitions(tmp_path):
     assert means["alignment"].item() == pytest.approx(alignment.loss.item(), rel=TOLERANCE)
     total = means["lm"] + means["kl"] + 2 * means["alignment"]
     assert loss.item() == pytest.approx(total.item(), rel=TOLERANCE)
+
+
+def test_copy_of_a_trained_student_runs_its_own_weights(tmp_path):
+    trainer = make_trainer(tmp_path)
+    twin = copy.deepcopy(trainer.model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        assert twin(**inputs).logits.abs().max() == 0
+        assert trainer.model(**inputs).logits.abs().max() > 0
+    _, means = trainer.compute_loss(twin, batch, return_outputs=True)
+    assert means["lm"].item() == pytest.approx(math.log(100))  # the vocabulary's size
 
 
 def test_vision_tower_runs_once_per_batch(tmp_path):
