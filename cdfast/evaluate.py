@@ -311,11 +311,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shuffle-images", action="store_true", help="add the image-blind control")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results here")
     options = parser.parse_args(arguments)
+    if options.json is not None:  # before hours of evaluation, not after
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     questions = miniature_suite(options.split, options.per_kind, options.vqa_per_kind, options.seed)
     reports: dict[str, dict[str, Any]] = {}
     for name in options.models:
-        model = AutoModelForImageTextToText.from_pretrained(name).to(options.device)
-        processor = AutoProcessor.from_pretrained(name)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(name).to(options.device)
+            processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            parser.error(
+                f"model {name!r} cannot be loaded: {error} Expected a vision-language checkpoint "
+                "with its processor, or a hub name."
+            )
         size = options.batch_size
         reports[name] = evaluate(model, processor, questions, batch_size=size)
         if options.shuffle_images:

@@ -351,7 +351,7 @@ def test_teacher_knows_and_needs_the_image():
 
 @needs_assets
 def test_command(tmp_path, capsys):
-    result = tmp_path / "result.json"
+    result = tmp_path / "new" / "result.json"
     path = str(teacher_path())
     arguments = [path, "--per-kind", "3", "--vqa-per-kind", "3", "--shuffle-images"]
     assert main([*arguments, "--json", str(result), "--device", "cpu"]) == 0
@@ -362,3 +362,10 @@ def test_command(tmp_path, capsys):
     shown = capsys.readouterr().out
     for word in ("swap_att", "chance", "text-only", "CR average"):
         assert word in shown
+
+
+def test_command_names_a_model_it_cannot_load(tmp_path, capsys):
+    path = str(tmp_path / "absent")
+    with pytest.raises(SystemExit):
+        main([path, "--per-kind", "1", "--vqa-per-kind", "1"])
+    assert f"model {path!r} cannot be loaded" in capsys.readouterr().err
