@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from cdfast_kernels import available_backends
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from cdfast.adapters import set_trainable, share_vision_tower
 from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe, StageRecipe
 from cdfast.data import DataError, load_dataset
-from cdfast.matching import Matches
-from cdfast.models import load_model, teacher_source
+from cdfast.matching import MATCHINGS, Matches, layers_in_range
+from cdfast.models import load_config, load_model, teacher_source
 
 STAGE_FILE = "stage.json"
 # Trainer settings that a recipe's `arguments` may change.
@@ -85,8 +86,8 @@ def check_stages(run: Run) -> None:
     """Refuse before the first stage what would otherwise show when a later one begins.
 
     Raises:
-        ConfigError: a stage's data file or image root does not exist, or its options are no
-            `DistillationConfig`.
+        ConfigError: a stage's data file or image root does not exist, its options are no
+            `DistillationConfig`, or attention cannot be aligned as asked.
     """
     for number, stage in enumerate(run.recipe.stages, 1):
         where = f"stage {number} ({stage.stage})"
@@ -96,8 +97,37 @@ def check_stages(run: Run) -> None:
         for path in stage.image_root or run.recipe.image_root:
             if not Path(path).is_dir():
                 raise ConfigError(f"image_root: {where}: expected a folder; got {path!r}.")
+        for name in ("batch_size", "gradient_accumulation_steps"):
+            if getattr(stage, name) < 1:
+                raise ConfigError(
+                    f"{name}: {where}: expected at least 1; got {getattr(stage, name)}."
+                )
         with user_errors():
             stage_arguments(run, number)
+    if any(stage.alignment_weight for stage in run.recipe.stages):
+        with user_errors():
+            _check_alignment(run.recipe)
+
+
+def _check_alignment(recipe: Recipe) -> None:
+    from cdfast.aligner import OBJECTIVES
+
+    for name, allowed in (
+        ("objective", OBJECTIVES),
+        ("matching", MATCHINGS),
+        ("layer_reduction", ("mean", "sum")),
+        ("backend", ("auto", *available_backends())),
+    ):
+        value = getattr(recipe, name)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}.")
+    reason = available_backends().get(recipe.backend)
+    if reason:
+        raise ConfigError(f"backend: {recipe.backend!r} cannot run here: {reason}")
+    for source in (recipe.teacher, recipe.student):
+        if source and source != MINIATURE:
+            config = load_config(source, recipe.trust_remote_code).get_text_config(decoder=True)
+            layers_in_range(config.num_hidden_layers, recipe.layers or "intermediate")
 
 
 def stage_dataset(run: Run, number: int) -> Any:

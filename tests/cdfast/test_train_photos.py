@@ -584,6 +584,16 @@ REFUSED = {
         {"dft.data": "/absent/x.json"},
         r"data: stage 2 \(dft\): expected an existing file; got '/absent/x.json'",
     ),
+    # Of a later stage: refused before the first begins.
+    "no such objective": (
+        {"objective": "cosine"},
+        "objective: expected one of row, map,.*'cosine'",
+    ),
+    "backend that cannot run": ({"backend": "cpu"}, "backend: 'cpu' cannot run here: "),
+    "empty batches": (
+        {"dft.batch-size": 0},
+        r"batch_size: stage 2 \(dft\): expected at least 1; got 0",
+    ),
     "image root that is not there": (
         {"image-root": "/absent/photos"},
         r"image_root: stage 1 \(dpt\): expected a folder; got '/absent/photos'",
@@ -606,6 +616,16 @@ def test_refusals_say_what_to_change(case, paths, tmp_path, capsys):
     printed = refused([recipe, *options(paths, tmp_path / "run", **changed)], capsys)
     assert re.search(message, printed, re.DOTALL), printed
     assert not (tmp_path / "run" / "stages" / "1-dpt" / "stage.json").exists()
+
+
+def test_layers_that_a_student_does_not_have_are_refused_at_once(paths, tmp_path, capsys):
+    tokenizer = AutoProcessor.from_pretrained(paths.teacher).tokenizer
+    config = photo_setup.text_config(tokenizer, layers=2, hidden=32)
+    Qwen2(config).save_pretrained(tmp_path / "shallow")
+    given = options(paths, tmp_path / "run", student=tmp_path / "shallow")
+    printed = refused([write_recipe(tmp_path, SHORT), *given], capsys)
+    assert "a model of 2 layers has none in the range 'intermediate'" in printed
+    assert not (tmp_path / "run" / "student-init").exists()
 
 
 def test_encoders_that_differ_are_refused(paths, tmp_path, capsys):
