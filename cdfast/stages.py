@@ -7,6 +7,7 @@ and writes the next: the same path whether the run is new or resumed.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -352,7 +353,15 @@ def _export(run: Run, trainer: Any, number: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, complete or not at all."""
+    """Write a JSON file, complete or not at all; what is not finite as null, as JSON asks."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
     partial.rename(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

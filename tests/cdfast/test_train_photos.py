@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisio
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from cdfast.config import recipe_files
+from cdfast.stages import write_json
 from cdfast.train import main
 from cdfast.trainer import DistillationTrainer
 from tests.cdfast import photo_setup
@@ -556,6 +557,13 @@ def test_a_torn_image_is_skipped_and_counted(paths, tmp_path, torn, workers):
     [stage] = results_of(tmp_path / "run")["stages"]
     assert stage["skipped"] == {"image corrupt": 1}
     assert "image corrupt: 1" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_results_of_a_diverged_run_are_strict_json(tmp_path):
+    write_json(tmp_path / "x.json", {"log": [{"loss": float("nan"), "step": 1}], "m": {3: (0.5,)}})
+    text = (tmp_path / "x.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == {"log": [{"loss": None, "step": 1}], "m": {"3": [0.5]}}
 
 
 # -- refusals --------------------------------------------------------------------------------------
