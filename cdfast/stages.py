@@ -31,7 +31,6 @@ from cdfast.models import load_config, load_model, teacher_source
 STAGE_FILE = "stage.json"
 # Trainer settings that a recipe's `arguments` may change.
 _DEFAULT_ARGUMENTS: dict[str, Any] = {
-    "logging_steps": 10,
     "save_total_limit": 2,
     "report_to": "none",
 }
@@ -212,6 +211,8 @@ def stage_arguments(run: Run, number: int) -> Any:
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "use_cpu": not cuda,
+        # A stage shorter than this would end without a logged loss.
+        "logging_steps": min(10, stage.max_steps) if stage.max_steps > 0 else 10,
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "dataloader_num_workers": recipe.workers,
         "num_train_epochs": stage.epochs,

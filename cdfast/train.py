@@ -182,6 +182,8 @@ def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
                 raise ConfigError(f"--resume: there is no run of {recipe.name!r} in runs/.")
             return max(existing, key=lambda path: path.stat().st_mtime)
         return next(path for path in taken if not path.exists())
+    if not recipe.output_dir.strip():
+        raise ConfigError("output_dir: expected a folder; got an empty name.")
     folder = Path(recipe.output_dir)
     if overwrite and (folder / RECIPE_FILE).exists():
         shutil.rmtree(folder)

@@ -138,6 +138,11 @@ class DistillationTrainer(Trainer):
                 "data_collator: expected one that returns input_ids, attention_mask, labels and "
                 "image inputs; got None. Use cdfast.collator.VisionTextCollator."
             )
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "compute_metrics: expected None, because evaluation computes losses and no logits; "
+                "got a function. Evaluate answers with cdfast.evaluate, or in a callback."
+            )
         wanted = [n for n in ("kl_weight", "alignment_weight") if getattr(args, n) > 0]
         if wanted and teacher is None:
             raise ValueError(
@@ -173,6 +178,7 @@ class DistillationTrainer(Trainer):
             module.to(args.device)
         self._sums_since_log: dict[str, Tensor] = {}
         self._steps_since_log = 0
+        self._evaluated = torch.zeros(())
 
     # -- loss --------------------------------------------------------------------------------------
 
@@ -294,9 +300,29 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Evaluation by loss only: logits of prompt rows are never computed."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss, means = self.compute_loss(model, inputs, return_outputs=True)
+        counts = self._counts(inputs).to(loss.device).double()
+        zero = counts.new_zeros(())
+        sums = torch.stack([means.get(n, zero).double() * c for n, c in zip(LOSS_NAMES, counts)])
+        self._evaluated = self._evaluated + torch.stack([sums, counts])
         return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, with losses over the whole set: sums over counts, whatever the batches."""
+        self._evaluated = torch.zeros(
+            2, len(LOSS_NAMES), dtype=torch.float64, device=self.args.device
+        )
+        output = super().evaluation_loop(*args, **kwargs)
+        totals = self.accelerator.gather(self._evaluated[None]).sum(0)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = dict(zip(LOSS_NAMES, (totals[0] / totals[1].clamp_min(1)).tolist()))
+        weights = {n: getattr(self.args, f"{n}_weight") for n in LOSS_NAMES}
+        used = ["lm", *(n for n in ("kl", "alignment") if self.teacher and weights[n] > 0)]
+        losses = {f"{prefix}_loss": sum(weights[n] * means[n] for n in used)}
+        losses |= {f"{prefix}_loss_{n}": means[n] for n in used}
+        return output._replace(metrics={**(output.metrics or {}), **losses})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -246,13 +246,25 @@ def test_bf16_autocast_runs_and_stays_close(tmp_path):
         assert half.state.log_history[0][name] == pytest.approx(want, rel=0.05)
 
 
-def test_evaluation_loss_uses_the_same_losses(tmp_path):
-    trainer = make_trainer(tmp_path, per_device_eval_batch_size=8)
+@pytest.mark.parametrize("batch_size", [8, 3, 1])
+def test_evaluation_losses_do_not_depend_on_the_batch_size(tmp_path, batch_size):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=batch_size)
     trainer.eval_dataset = TinySamples(8)
     metrics = trainer.evaluate()
     batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(8)])
-    want = trainer.compute_loss(trainer.model, batch)
-    assert metrics["eval_loss"] == pytest.approx(want.item(), rel=1e-4)
+    want, means = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert metrics["eval_loss"] == pytest.approx(want.item(), rel=TOLERANCE)
+    for name in ("lm", "kl", "alignment"):
+        assert metrics[f"eval_loss_{name}"] == pytest.approx(means[name].item(), rel=TOLERANCE)
+
+
+def test_compute_metrics_is_refused(tmp_path):
+    args = DistillationConfig(
+        output_dir=str(tmp_path), use_cpu=True, kl_weight=0, alignment_weight=0
+    )
+    collator = VisionTextCollator(0)
+    with pytest.raises(ValueError, match="compute_metrics"):
+        DistillationTrainer(tiny_llava(), args, data_collator=collator, compute_metrics=print)
 
 
 def test_weights_that_need_a_teacher_are_refused_without_one(tmp_path):
