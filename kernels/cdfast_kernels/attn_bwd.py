@@ -31,6 +31,7 @@ from cdfast_kernels.tl_common import (
     store_tile,
     tile_offsets,
     visible,
+    visible_t,
 )
 
 
@@ -130,7 +131,7 @@ def _attn_bwd_delta_kernel(
             )
             k_ptrs = k_base + n_0.to(tl.int64) * stride_kn
             k = load_tile(k_ptrs, column_live, True, HEAD_DIM, HEAD_DIM_PAD)
-            g_ptrs = map_ptrs(G, token_base, rows, n_slots * 64, slot, n_0, BLOCK_N)
+            g_ptrs = map_ptrs(G, token_base, rows, n_slots * 64, slot, n_0 % 64, BLOCK_N)
             g = tl.load(g_ptrs, mask=row_live[:, None], other=0.0).to(tl.float32)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             seen = visible(rows, row_codes, columns, column_codes, column_live, CONTIGUOUS)
@@ -195,8 +196,10 @@ def _dq_tile(
     p = exp_scores(s - shift[:, None], EXACT)
     g = 0.0
     if ALIGN:
-        g_ptrs = map_ptrs(G, token_base, rows, width, tl.maximum(slot, 0), n_0, BLOCK_N)
-        g = tl.load(g_ptrs, mask=row_live[:, None] & (slot >= 0), other=0.0).to(tl.float32)
+        # One comparison: the interpreter rejects a mask made of a vector & a scalar.
+        has_g = tl.where(row_live, slot, -1) >= 0
+        g_ptrs = map_ptrs(G, token_base, rows, width, tl.maximum(slot, 0), n_0 % 64, BLOCK_N)
+        g = tl.load(g_ptrs, mask=has_g[:, None], other=0.0).to(tl.float32)
     ds = _d_scores(do, tl.trans(v), p, g, r[:, None], delta[:, None], ALIGN, ACC_INIT)
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
@@ -492,8 +495,8 @@ def _attn_bwd_dkdv_kernel(
             lse = tl.load(LSE + l_base, mask=row_live, other=0.0)
             shift = lse if EXACT else lse * LOG2E
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [BLOCK_N, BLOCK_M]
-            seen = visible(rows, row_codes, columns, column_codes, column_live, CONTIGUOUS)
-            s = tl.where(tl.trans(seen & row_live[:, None]), s, float("-inf"))
+            seen = visible_t(rows, row_codes, columns, column_codes, row_live, CONTIGUOUS)
+            s = tl.where(seen, s, float("-inf"))
             p = exp_scores(s - shift[None, :], EXACT)
             d_ptrs = d_base + head * stride_dh + row_at * stride_dn
             do = load_tile(d_ptrs, row_live, True, HEAD_DIM, HEAD_DIM_PAD)
@@ -503,8 +506,9 @@ def _attn_bwd_dkdv_kernel(
             r = delta
             if ALIGN:
                 r = tl.load(ROW_SCALE + token_base + rows, mask=row_live, other=0.0) * dloss
-                g_ptrs = map_ptrs(G, token_base, rows, width, tl.maximum(slot, 0), n_0, BLOCK_N)
-                g = tl.load(g_ptrs, mask=row_live[:, None] & (slot >= 0), other=0.0)
+                has_g = tl.where(row_live, slot, -1) >= 0
+                g_ptrs = map_ptrs(G, token_base, rows, width, tl.maximum(slot, 0), n_0 % 64, BLOCK_N)
+                g = tl.load(g_ptrs, mask=has_g[:, None], other=0.0)
                 g = tl.trans(g).to(tl.float32)
             ds = _d_scores(v, tl.trans(do), p, g, r[None, :], delta[None, :], ALIGN, ACC_INIT)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")

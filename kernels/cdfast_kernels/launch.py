@@ -15,7 +15,6 @@ from torch import Tensor
 from cdfast_kernels.layout import VisualLayout
 
 LOG2E = 1.4426950408889634
-HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 
 class Settings(NamedTuple):
@@ -158,6 +157,8 @@ class Axis(NamedTuple):
     codes: Tensor
     bounds: Tensor
     tiles: Tensor
+    entries: Tensor
+    counts: Tensor
     slot_tiles: Tensor
     length: int
     packed: bool
@@ -171,6 +172,8 @@ class Axis(NamedTuple):
             table.codes,
             table.bounds,
             table.tiles,
+            table.entries,
+            table.counts,
             layout.slot_tiles,
             layout.length,
             layout.is_packed,
@@ -212,3 +215,54 @@ class Axis(NamedTuple):
     def key_grid(self, heads: int, block: int) -> tuple[int, int]:
         # Key tiles lie on the axis: a packed sequence can begin inside one.
         return self.n_samples * heads, triton.cdiv(self.length, block) + int(self.packed)
+
+    def map_grid(self, block: int) -> tuple[int, int]:
+        return self.n_samples * self.n_slots, triton.cdiv(self.length, block)
+
+    def rows(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """(tokens, ...) as (samples, length, ...), `fill` where a packed sample is shorter."""
+        if not self.packed:
+            return x.reshape(self.n_samples, self.length, *x.shape[1:])
+        position, inside = self._positions()
+        picked = x[position.clamp(max=self.n_tokens - 1)]
+        return picked.masked_fill(~inside.reshape(*inside.shape, *[1] * (x.ndim - 1)), fill)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(samples, length, ...) as (tokens, ...): the inverse of `rows`."""
+        if not self.packed:
+            return x.flatten(0, 1)
+        sample = self._sample_of_token()
+        token = torch.arange(self.n_tokens, device=x.device)
+        return x[sample, token - self.samples[:, 0].long()[sample]]
+
+    def sum_rows(self, x: Tensor) -> Tensor:
+        """Sum over the tokens of each sample, in a fixed order."""
+        return self.rows(x).sum(1)
+
+    def max_rows(self, x: Tensor) -> Tensor:
+        return self.rows(x).amax(1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(samples,) to the tokens of each sample."""
+        if not self.packed:
+            return x[:, None].expand(-1, self.length).flatten()
+        return x[self._sample_of_token()]
+
+    def visual_columns(self) -> Tensor:
+        """bool (samples, slots * 64): stored columns that are visual tokens of the sample."""
+        offset = torch.arange(64, device=self.codes.device)
+        position = (self.slot_tiles.long()[:, :, None] * 64 + offset).flatten(1)
+        begin, end = self.samples[:, 0, None], self.samples[:, 1, None]
+        inside = (position >= begin) & (position < end)
+        first = torch.arange(self.n_samples, device=position.device) * self.tokens_per_sample
+        code = self.codes[(position + first[:, None]).clamp(0, self.n_tokens - 1)]
+        return inside & (code >= 0) & (code % 2 == 1)
+
+    def _positions(self) -> tuple[Tensor, Tensor]:
+        begin, end = self.samples[:, 0, None].long(), self.samples[:, 1, None]
+        position = begin + torch.arange(self.length, device=begin.device)
+        return position, position < end
+
+    def _sample_of_token(self) -> Tensor:
+        token = torch.arange(self.n_tokens, dtype=torch.int32, device=self.codes.device)
+        return torch.bucketize(token, self.samples[:, 1].contiguous(), right=True)

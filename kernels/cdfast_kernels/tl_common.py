@@ -106,6 +106,17 @@ def visible(rows, row_codes, columns, column_codes, column_live, CONTIGUOUS: tl.
 
 
 @triton.jit
+def visible_t(rows, row_codes, columns, column_codes, row_live, CONTIGUOUS: tl.constexpr):
+    """`visible` as [columns, rows], for columns that are live."""
+    seen = (rows[None, :] >= columns[:, None]) & row_live[None, :]
+    if not CONTIGUOUS:
+        row_rank = (row_codes >> 1)[None, :]
+        column_rank = (column_codes >> 1)[:, None]
+        seen = seen & ((row_rank == column_rank) | (column_rank == 0))
+    return seen
+
+
+@triton.jit
 def entry_mask(
     CODES, token_base, rows, columns, begin, end, first_live, end_live, CONTIGUOUS: tl.constexpr
 ):
@@ -179,7 +190,7 @@ def slots_up_to(TILES, sample, n_tiles, position, begin):
 
 
 @triton.jit
-def map_ptrs(MAP, token_base, rows, width, slot, n_0, BLOCK_N: tl.constexpr):
-    """Pointers [rows, BLOCK_N] into a stored map (tokens, width): keys from n_0 on, in a slot."""
-    columns = slot * MAP_TILE + n_0 % MAP_TILE + tl.arange(0, BLOCK_N)
+def map_ptrs(MAP, token_base, rows, width, slot, offset, BLOCK_N: tl.constexpr):
+    """Pointers [rows, BLOCK_N] into a stored map (tokens, width), from a slot's offset-th key."""
+    columns = slot * MAP_TILE + offset + tl.arange(0, BLOCK_N)
     return MAP + (token_base + rows)[:, None] * width + columns[None, :]
