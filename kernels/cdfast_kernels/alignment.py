@@ -1,9 +1,9 @@
 """Alignment losses on stored maps: row statistics -> coefficients -> loss and G = dL/dS, and the
 backward of the modular form. Mathematics: kernels/README.md.
 
-Of a map of the student only G survives the forward, without a dimension (entries of about one), with
-a float32 scale per row: float16 for float16 and bfloat16 inputs, else float32; float32 also for
-`kl`, whose entries reach 1 / (smallest probability).
+Of a map of the student only G survives the forward, without a dimension (entries of about one),
+with a float32 scale per row: float16 for float16 and bfloat16 inputs, else float32; float32 also
+for `kl`, whose entries reach 1 / (smallest probability).
 """
 
 from typing import NamedTuple
@@ -71,7 +71,7 @@ def _alignment_g_fwd_kernel(
     KL: tl.constexpr,
 ):
     """G of one (row tile, slot), and the row sums of the loss's terms. MAP and G may be one."""
-    sample, slot, rows, n_0, columns, entries, row_live, in_sample, token_base = map_tile(
+    _sample, slot, rows, _n_0, entries, row_live, in_sample, token_base = map_tile(
         SAMPLES, CODES, SLOT_TILES, n_slots, tokens_per_sample, BLOCK_M, CONTIGUOUS
     )
     width = n_slots * 64
@@ -166,7 +166,8 @@ def _coefficients(objective: str, parts: Tensor, axis: Axis) -> Coefficients:
     max_s, max_t = max_s.amax(0), max_t.amax(0)
     norms = (dot, ss, tt)
     if not per_row:
-        norms = tuple(axis.spread(axis.sum_rows(x)) for x in norms)
+        dot_all, ss_all, tt_all = (axis.spread(axis.sum_rows(x)) for x in norms)
+        norms = (dot_all, ss_all, tt_all)
         max_s, max_t = (axis.spread(axis.max_rows(x)) for x in (max_s, max_t))
     # A largest value may ignore NaN; the sums do not.
     zero = (torch.minimum(max_s, max_t) < tiny) & ~(norms[0] + norms[1] + norms[2]).isnan()
@@ -177,9 +178,7 @@ def _coefficients(objective: str, parts: Tensor, axis: Axis) -> Coefficients:
     weight = 1 / n_rows if per_row else torch.ones_like(dot)
     row_scale = torch.where(counted, weight * student / gain, 0)
     excess = 1 - norms[0] * student * target
-    return Coefficients(
-        student, target, excess, gain, row_scale, weight / 2 / gain**2, counted
-    )
+    return Coefficients(student, target, excess, gain, row_scale, weight / 2 / gain**2, counted)
 
 
 def _gain(student: Tensor, target: Tensor, dot: Tensor, ss: Tensor, tt: Tensor) -> Tensor:

@@ -507,7 +507,9 @@ def _attn_bwd_dkdv_kernel(
             if ALIGN:
                 r = tl.load(ROW_SCALE + token_base + rows, mask=row_live, other=0.0) * dloss
                 has_g = tl.where(row_live, slot, -1) >= 0
-                g_ptrs = map_ptrs(G, token_base, rows, width, tl.maximum(slot, 0), n_0 % 64, BLOCK_N)
+                g_ptrs = map_ptrs(
+                    G, token_base, rows, width, tl.maximum(slot, 0), n_0 % 64, BLOCK_N
+                )
                 g = tl.load(g_ptrs, mask=has_g[:, None], other=0.0)
                 g = tl.trans(g).to(tl.float32)
             ds = _d_scores(v, tl.trans(do), p, g, r[None, :], delta[None, :], ALIGN, ACC_INIT)

@@ -25,7 +25,7 @@ def _attend(
     q,
     acc,
     m,
-    l,
+    total,
     k_ptrs,
     v_ptrs,
     rows,
@@ -54,10 +54,10 @@ def _attend(
         shift = m_new
     p = exp_scores(s - shift[:, None], EXACT)
     alpha = exp_scores(m - shift, EXACT)
-    l = l * alpha + tl.sum(p, 1)
+    total = total * alpha + tl.sum(p, 1)
     v = load_tile(v_ptrs, column_live, MASKED, HEAD_DIM, HEAD_DIM_PAD)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return acc, m_new, l
+    return acc, m_new, total
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _attn_fwd_kernel(
 
     acc = tl.zeros([BLOCK_M, HEAD_DIM_PAD], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     full_lo, full_hi, a_lo, n_a, b_lo, n_masked = key_tiles(
         BOUNDS,
         token_base,
@@ -137,11 +137,11 @@ def _attn_fwd_kernel(
         for n_0 in tl.range(full_lo, full_hi, BLOCK_N):
             at = tl.cast(n_0, tl.int64)
             columns = n_0 + tl.arange(0, BLOCK_N)
-            acc, m, l = _attend(
+            acc, m, total = _attend(
                 q,
                 acc,
                 m,
-                l,
+                total,
                 k_base + at * stride_kn,
                 v_base + at * stride_vn,
                 rows,
@@ -163,11 +163,11 @@ def _attn_fwd_kernel(
         column_live, column_codes = is_live(
             CODES, token_base, columns, begin, end, first_live, end_live, CONTIGUOUS
         )
-        acc, m, l = _attend(
+        acc, m, total = _attend(
             q,
             acc,
             m,
-            l,
+            total,
             k_base + at * stride_kn,
             v_base + at * stride_vn,
             rows,
@@ -184,7 +184,7 @@ def _attn_fwd_kernel(
         )
 
     in_sample = rows < end
-    out = tl.where(row_live[:, None], acc / tl.where(row_live, l, 1.0)[:, None], 0.0)
+    out = tl.where(row_live[:, None], acc / tl.where(row_live, total, 1.0)[:, None], 0.0)
     out_ptrs = OUT + sample * stride_ob + head * stride_oh + row_at * stride_on
     store_tile(
         out_ptrs + tile_offsets(stride_on, BLOCK_M, HEAD_DIM_PAD),
@@ -193,7 +193,7 @@ def _attn_fwd_kernel(
         HEAD_DIM,
         HEAD_DIM_PAD,
     )
-    log_l = tl.log2(tl.where(row_live, l, 1.0)) * LN2
+    log_l = tl.log2(tl.where(row_live, total, 1.0)) * LN2
     lse = m + log_l if EXACT else m * LN2 + log_l
     lse_ptrs = LSE + sample * stride_lb + head * stride_lh + rows.to(tl.int64) * stride_ln
     tl.store(lse_ptrs, tl.where(row_live, lse, float("-inf")), mask=in_sample)

@@ -45,7 +45,7 @@ KERNELS = ("fwd", "map", "delta", "dq", "dkdv", "align_dq", "align_dk")
 _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
     (90, 64, 2): (
         Settings(128, 64, 4, 3),
-        Settings(128, 64, 4, 3),
+        Settings(128, 64, 8, 3),
         Settings(128, 64, 4, 2),
         Settings(128, 64, 8, 2),
         Settings(64, 64, 4, 2),
@@ -57,40 +57,31 @@ _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
         Settings(128, 64, 8, 3),
         Settings(128, 64, 8, 2),
         Settings(128, 64, 8, 2),
-        Settings(32, 64, 8, 2),
+        Settings(64, 64, 8, 2),
         Settings(128, 64, 8, 2),
-        Settings(32, 64, 8, 2),
-    ),
-    (90, 256, 2): (
         Settings(64, 64, 8, 2),
-        Settings(64, 64, 8, 2),
-        Settings(64, 64, 8, 1),
-        Settings(64, 32, 8, 1),
-        Settings(32, 32, 8, 1),
-        Settings(64, 32, 8, 1),
-        Settings(32, 32, 8, 1),
     ),
     (80, 64, 2): (
         Settings(128, 64, 4, 2),
-        Settings(128, 64, 4, 2),
         Settings(64, 64, 4, 2),
-        Settings(64, 64, 4, 2, False),
-        Settings(64, 64, 4, 2, False),
+        Settings(64, 64, 4, 2),
+        Settings(64, 32, 4, 2, False),
+        Settings(32, 64, 4, 2, False),
         Settings(64, 64, 4, 2),
         Settings(64, 64, 4, 2),
     ),
     (80, 128, 2): (
         Settings(64, 64, 4, 2),
+        Settings(64, 64, 8, 2),
         Settings(64, 64, 4, 2),
-        Settings(64, 64, 4, 2),
-        Settings(64, 32, 4, 2, False),
+        Settings(64, 64, 8, 2, False),
         Settings(32, 64, 8, 2, False),
         Settings(64, 32, 4, 2),
         Settings(32, 64, 8, 2),
     ),
     (80, 256, 2): (
-        Settings(64, 32, 8, 1),
-        Settings(64, 32, 8, 1),
+        Settings(64, 32, 8, 2),
+        Settings(64, 64, 8, 1),
         Settings(64, 32, 8, 1),
         Settings(32, 32, 8, 1, False),
         Settings(32, 32, 8, 1, False),
@@ -101,7 +92,7 @@ _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
     (80, 256, 4): (Settings(16, 32, 4, 1, False),) * 7,
 }
 # The interpreter's time is per operation, not per element.
-_INTERPRETER = (Settings(32, 64, 4, 1),) * 6 + (Settings(32, 64, 4, 1),)
+_INTERPRETER = (Settings(64, 64, 4, 1),) * 7
 
 
 def architecture(x: Tensor) -> int:
@@ -147,7 +138,9 @@ def score_scale(scale: float, q: Tensor) -> tuple[float, bool]:
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """(batch, token, head) strides; the batch stride of a packed tensor is 0."""
-    return (0, *x.stride()[:2]) if x.ndim == 3 else (x.stride(0), x.stride(1), x.stride(2))
+    if x.ndim == 3:
+        return 0, x.stride(0), x.stride(1)
+    return x.stride(0), x.stride(1), x.stride(2)
 
 
 class Axis(NamedTuple):

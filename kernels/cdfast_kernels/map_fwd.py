@@ -1,7 +1,7 @@
 """The head-mean map on visual key tiles, and the row statistics that an alignment loss needs.
 
-One program makes one (row tile, map slot) of S = (1/H) sum_h exp(s_h - lse_h), with the heads looped
-inside it: S is written once, without atomics, and no map of a single head exists.
+One program makes one (row tile, map slot) of S = (1/H) sum_h exp(s_h - lse_h), with the heads
+looped inside it: S is written once, without atomics, and no map of a single head exists.
 """
 
 import torch
@@ -33,7 +33,8 @@ STATISTICS = ("max_s", "max_t", "dot", "ss", "tt", "s1", "t1")
 def map_tile(
     SAMPLES, CODES, SLOT_TILES, n_slots, tokens_per_sample, BLOCK_M: tl.constexpr, CONTIGUOUS
 ):
-    """Where the program is: sample, slot, rows and keys of its tile, entries, first flat token."""
+    """Where the program is: sample, slot, rows and first key of its tile, entries, live rows, rows
+    inside the sample, and the sample's first flat token."""
     sample, slot = tl.program_id(0) // n_slots, tl.program_id(0) % n_slots
     begin, end, first_live, end_live, _ = load_sample(SAMPLES, sample)
     rows = begin + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -46,7 +47,7 @@ def map_tile(
     entries, row_live = entry_mask(
         CODES, token_base, rows, columns, begin, end, first_live, end_live, CONTIGUOUS
     )
-    return sample, slot, rows, n_0, columns, entries, row_live, rows < end, token_base
+    return sample, slot, rows, n_0, entries, row_live, rows < end, token_base
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _visual_map_fwd_kernel(
     CONTIGUOUS: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    sample, slot, rows, n_0, columns, entries, row_live, in_sample, token_base = map_tile(
+    sample, slot, rows, n_0, entries, row_live, in_sample, token_base = map_tile(
         SAMPLES, CODES, SLOT_TILES, n_slots, tokens_per_sample, BLOCK_M, CONTIGUOUS
     )
     acc = tl.zeros([BLOCK_M, 64], tl.float32)

@@ -5,8 +5,6 @@ as long as the last dimension is contiguous. Checks read shapes, dtypes and devi
 values, so no operation waits for the device.
 """
 
-import functools
-import importlib
 import importlib.util
 import math
 import numbers
@@ -37,6 +35,7 @@ ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 # What the Triton kernels are written for.
 TRITON_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def available_backends() -> dict[str, str | None]:
@@ -252,10 +251,11 @@ def _check_backend(backend: str, choices: tuple[str, ...]) -> None:
         raise bad_argument("backend", "one that can run here", f"{backend!r}: {reason}", remedy)
 
 
-@functools.cache
 def _triton() -> ModuleType:
     """The Triton backend, imported at its first use only."""
-    return importlib.import_module("cdfast_kernels.triton_ops")
+    from cdfast_kernels import triton_ops
+
+    return triton_ops
 
 
 def _interpreting() -> bool:
@@ -263,7 +263,7 @@ def _interpreting() -> bool:
 
 
 def _why_not_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "triton is not installed"
     if _interpreting():
         return None
@@ -291,6 +291,10 @@ def _runs_on_triton(backend: str, q: Tensor) -> bool:
         raise bad_argument("q", expected, q, remedy)
     if q.device.type != "cuda" and not _interpreting():
         raise bad_argument("q", "a CUDA tensor for the triton backend", q, remedy)
+    if q.dtype == torch.bfloat16 and _interpreting():
+        # Its matrix product multiplies the bits of bfloat16 as integers.
+        expected = "float16 or float32 for the triton backend in the Triton interpreter"
+        raise bad_argument("q", expected, q, remedy)
     return True
 
 

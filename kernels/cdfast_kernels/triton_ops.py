@@ -1,8 +1,8 @@
 """The Triton backend: its operators for torch (eager, autograd, torch.compile), and its host side.
 
-Each operator takes the tables of a layout as a list of tensors, so that a traced graph holds tensors
-and numbers only. A backward is an operator of its own. Saved for backward are q, k, v, out, lse, G
-and the row scale, nothing else.
+Each operator takes the tables of a layout as a list of tensors, so that a traced graph holds
+tensors and numbers only. A backward is an operator of its own. Saved for backward are q, k, v, out,
+lse, G and the row scale, nothing else.
 """
 
 import torch
@@ -18,9 +18,8 @@ from cdfast_kernels.map_fwd import visual_map_fwd
 from cdfast_kernels.visual_map import MAP_DTYPE, VisualMap
 
 
-
 def _axis(tables: list[Tensor], length: int, packed: bool, contiguous: bool) -> Axis:
-    return Axis(*tables, length, packed, contiguous)
+    return Axis._make((*tables, length, packed, contiguous))
 
 
 def _axis_arguments(layout: VisualLayout) -> tuple[list[Tensor], int, bool, bool]:
@@ -255,9 +254,7 @@ def attention_with_alignment_backward(
 
 
 @attention_with_alignment_backward.register_fake
-def _(
-    d_out, d_loss, q, k, v, out, lse, g, row_scale, scale, tables, length, packed, contiguous
-):
+def _(d_out, d_loss, q, k, v, out, lse, g, row_scale, scale, tables, length, packed, contiguous):
     return _empty(q), _empty(k), _empty(v)
 
 
@@ -271,7 +268,7 @@ def _fused_setup(ctx, inputs, output):
 
 
 def _fused_vjp(ctx, d_out, d_loss, _d_lse, _d_g, _d_row_scale):
-    *saved, scale = *ctx.saved_tensors[:7], ctx.scale
+    saved, scale = ctx.saved_tensors[:7], ctx.scale
     tables = list(ctx.saved_tensors[7:])
     none = None, None, None, [None] * ctx.n_tables, None, None, None
     if d_out is None and d_loss is None:
