@@ -120,6 +120,7 @@ def alignment_fwd(
     if objective == "pooled":
         return _pooled(student, target, axis, g_dtype)
     rows = _coefficients(objective, parts, axis)
+    del parts
     # float32: G replaces S entry by entry.
     g = student if g_dtype == torch.float32 else torch.empty_like(student, dtype=g_dtype)
     gain = rows.excess * rows.gain

@@ -294,7 +294,7 @@ def visual_attention_map_triton(
     q: Tensor, k: Tensor, lse: Tensor, layout: VisualLayout, scale: float
 ) -> VisualMap:
     data = visual_map(q, k, lse, scale, *_axis_arguments(layout))
-    return VisualMap(data.reshape(*layout.shape, -1), layout)
+    return VisualMap(data.reshape(*layout.shape, data.shape[1]), layout)
 
 
 def visual_alignment_loss_triton(

@@ -17,7 +17,7 @@ ALIGNMENT_BACKENDS = ("reference", "cpu", *(["triton"] if INTERPRETING else []))
 
 # Of a test with many cases, those that the interpreter runs by default. Tests not named run whole.
 INTERPRETED = {
-    "test_loss_and_gradients": r"(turns|packed).*-mean\]|left.*row-none|left.*kl-sum|float",
+    "test_loss_and_gradients": r"(turns|packed).*-mean\]|left.*row-none|left.*kl-sum|turns-.*float",
     "test_random_layouts": r"-0\]$",
     "test_pooled_is_the_authors_loss": r"-0-|0-left",
     "test_all_zero_maps_give_a_finite_loss_and_gradient": r"both|row",
@@ -79,7 +79,14 @@ def _patch_once_per_launch():
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    def patch_tensor(tensor, scope):
+        patch_tensor_first(tensor, scope)
+        # Triton 3.6 calls int() on arrays of one element, which NumPy refuses since 2.4.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     modules = {}
+    patch_tensor_first = interpreter._patch_lang_tensor
+    interpreter._patch_lang_tensor = patch_tensor
     interpreter.InterpretedFunction.__call__ = call
 
 
