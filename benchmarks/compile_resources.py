@@ -57,13 +57,13 @@ def argument_type(name: str, dtype: str, stats: bool) -> str:
 
 
 def build(name: str, arch: int, dim: int, dtype: str, contiguous: bool = True):
-    """The compiled kernel, as it is launched on `arch` for 16 heads."""
+    """The compiled kernel, as it is launched on `arch` for 16 query heads and 4 key heads."""
     function, flags = KERNELS[name]
     element = torch.empty(0, dtype=DTYPES[dtype]).element_size()
     settings = settings_for(name.partition("+")[0], arch, dim, element)
     constants = {
         "HEADS": 16,
-        "GROUP": 1,
+        "GROUP": 4,
         "HEAD_DIM": dim,
         "HEAD_DIM_PAD": head_dim_pad(dim),
         "BLOCK_M": settings.BLOCK_M,
