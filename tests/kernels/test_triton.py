@@ -159,7 +159,9 @@ def random_case(seed):
 )
 def test_random(seed):
     layout, inputs, objective, without, with_out = random_case(seed)
-    check(layout, inputs, objective, without, with_out=with_out)
+    # float16 training scales its losses: dS of the loss alone is subnormal in float16 otherwise.
+    d_loss = 4096.0 if inputs[0].dtype == torch.float16 and not with_out else 3.0
+    check(layout, inputs, objective, without, d_loss, with_out)
 
 
 def operator_arguments(objective="row"):
