@@ -1,7 +1,7 @@
 """Fused attention with visual alignment: flash attention, visual attention maps, alignment losses.
 
-Needs torch and numpy only. The contract of every name is in its docstring; the mathematics is in
-kernels/README.md.
+Needs torch and numpy, and triton for the backend of that name. The contract of every name is in its
+docstring; the mathematics is in kernels/README.md.
 """
 
 from cdfast_kernels.layout import VisualLayout

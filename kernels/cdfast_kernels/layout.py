@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cdfast_kernels.errors import bad_argument
+from cdfast_kernels.schedule import Schedule, build_schedule
 
 # Maps are stored in key tiles of this width; a tile without a visual key takes no space.
 MAP_TILE = 64
@@ -42,6 +43,7 @@ class VisualLayout:
         image_samples: bool (samples,), True for samples with at least one live visual token.
         gather: int64 (samples, length), packed only: token of each place of the batch view.
         scatter: int64 (total,), packed only: flat place in the batch view of each token.
+        schedule: the tables that compiled kernels read.
         num_image_samples: B_img, the number of True entries of `image_samples`.
         is_causal: True if plain causal attention over (B, N) is equivalent.
         is_prefix_causal: True if it is equivalent on live rows: one segment, padding at the end.
@@ -56,6 +58,7 @@ class VisualLayout:
     image_samples: Tensor
     gather: Tensor | None
     scatter: Tensor | None
+    schedule: Schedule
     num_image_samples: int
     is_causal: bool
     is_prefix_causal: bool
@@ -148,12 +151,14 @@ class VisualLayout:
         """This layout on `device` (itself if it is there already)."""
         if self.live.to(device, non_blocking=non_blocking).device == self.device:
             return self
-        tensors: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **tensors)
+
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Any]:
+            return {n: x.to(device, non_blocking=non_blocking) for n, x in tensors.items()}
+
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        schedule = replace(self.schedule, **moved(self.schedule.tensors()))
+        return replace(self, schedule=schedule, **moved(tensors))
 
     @property
     def device(self) -> torch.device:
@@ -251,6 +256,7 @@ def _build(
     visual = visual & live
     if start is None:
         start = torch.zeros(live.shape[0], dtype=torch.int64)
+    slot_tiles = _slot_tiles(visual, start)
     image_samples = visual.any(1)
     highest = segment.amax(1, keepdim=True) if segment.numel() else segment
     one_segment = bool(((segment == 0) | (segment == highest)).all())
@@ -265,10 +271,11 @@ def _build(
         visual=visual,
         segment=segment,
         start=start,
-        slot_tiles=_slot_tiles(visual, start),
+        slot_tiles=slot_tiles,
         image_samples=image_samples,
         gather=gather,
         scatter=scatter,
+        schedule=build_schedule(live, visual, segment, start, slot_tiles, scatter, MAP_TILE),
         num_image_samples=int(image_samples.sum()),
         is_causal=gather is None and one_segment and bool(live.all()),
         is_prefix_causal=gather is None and one_segment and padded_right,

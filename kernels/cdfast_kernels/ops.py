@@ -5,8 +5,11 @@ as long as the last dimension is contiguous. Checks read shapes, dtypes and devi
 values, so no operation waits for the device.
 """
 
+import importlib.util
 import math
 import numbers
+import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +32,11 @@ REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("triton", "cpu", "reference")
 ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 
+# What the Triton kernels are written for.
+TRITON_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def available_backends() -> dict[str, str | None]:
     """Which backends can run here.
@@ -42,6 +50,7 @@ def available_backends() -> dict[str, str | None]:
         for name in (*BACKENDS, *ATTENTION_BACKENDS)
     }
     reasons["reference"] = None
+    reasons["triton"] = _why_not_triton()
     return reasons
 
 
@@ -77,7 +86,7 @@ def flash_attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691); CompoDistill (arXiv 2510.12184) for its use.
     """
-    _choose_backend(backend, BACKENDS + ATTENTION_BACKENDS)
+    _check_backend(backend, BACKENDS + ATTENTION_BACKENDS)
     _check_qk(q, k)
     _check_v(v, k)
     scale = _check_scale(softmax_scale, q)
@@ -85,6 +94,8 @@ def flash_attention(
         layout = _plain_causal(q)
     _check_layout(layout, q)
     with torch.autocast(q.device.type, enabled=False):
+        if _runs_on_triton(backend, q):
+            return _triton().flash_attention_triton(q, k, v, layout, scale)
         return flash_attention_ref(q, k, v, layout, scale)
 
 
@@ -115,12 +126,14 @@ def visual_attention_map(
 
     Source: CompoDistill (arXiv 2510.12184), the visual attention maps of VAT.
     """
-    _choose_backend(backend, BACKENDS)
+    _check_backend(backend, BACKENDS)
     _check_qk(q, k)
     _check_lse(lse, q)
     scale = _check_scale(softmax_scale, q)
     _check_layout(layout, q)
     with torch.autocast(q.device.type, enabled=False):
+        if _runs_on_triton(backend, q):
+            return _triton().visual_attention_map_triton(q, k, lse, layout, scale)
         return visual_attention_map_ref(q, k, lse, layout, scale)
 
 
@@ -170,13 +183,16 @@ def visual_alignment_loss(
     Source: CompoDistill (arXiv 2510.12184), loss L_ADL (`row`); `pooled` is the authors' code;
         `mse` and `kl` are the paper's ablations.
     """
-    _choose_backend(backend, BACKENDS)
+    _check_backend(backend, BACKENDS)
     _check_qk(q, k)
     _check_lse(lse, q)
     scale = _check_scale(softmax_scale, q)
     _check_alignment(target, layout, q, objective, reduction)
     with torch.autocast(q.device.type, enabled=False):
-        return visual_alignment_loss_ref(q, k, lse, target, layout, scale, objective, reduction)
+        run = visual_alignment_loss_ref
+        if _runs_on_triton(backend, q):
+            run = _triton().visual_alignment_loss_triton
+        return run(q, k, lse, target, layout, scale, objective, reduction)
 
 
 def flash_attention_with_alignment(
@@ -211,28 +227,75 @@ def flash_attention_with_alignment(
 
     Source: CompoDistill (arXiv 2510.12184), VAT.
     """
-    _choose_backend(backend, BACKENDS)
+    _check_backend(backend, BACKENDS)
     _check_qk(q, k)
     _check_v(v, k)
     scale = _check_scale(softmax_scale, q)
     _check_alignment(target, layout, q, objective, reduction)
     with torch.autocast(q.device.type, enabled=False):
-        return flash_attention_with_alignment_ref(
-            q, k, v, target, layout, scale, objective, reduction
-        )
+        run = flash_attention_with_alignment_ref
+        if _runs_on_triton(backend, q):
+            run = _triton().flash_attention_with_alignment_triton
+        return run(q, k, v, target, layout, scale, objective, reduction)
 
 
-def _choose_backend(backend: str, choices: tuple[str, ...]) -> str:
-    """The backend to run, or ValueError with the reason why the one asked for cannot."""
+def _check_backend(backend: str, choices: tuple[str, ...]) -> None:
+    """ValueError with the reason why the backend asked for cannot run, if it cannot."""
     _check_option("backend", backend, ("auto", *choices))
-    if backend == "auto":
-        return "reference"
+    if backend in ("auto", "reference"):
+        return
     reason = available_backends()[backend]
     if reason is not None:
         usable = [name for name in choices if available_backends()[name] is None]
         remedy = f'Use backend="auto" or one of {usable}.'
         raise bad_argument("backend", "one that can run here", f"{backend!r}: {reason}", remedy)
-    return backend
+
+
+def _triton() -> ModuleType:
+    """The Triton backend, imported at its first use only."""
+    from cdfast_kernels import triton_ops
+
+    return triton_ops
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _why_not_triton() -> str | None:
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if _interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device, and the Triton interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the CUDA device is older than compute capability 8.0"
+    return None
+
+
+def _runs_on_triton(backend: str, q: Tensor) -> bool:
+    """Whether the Triton kernels take q; ValueError if they were asked for and do not."""
+    supported = q.dtype in TRITON_DTYPES and q.shape[-1] in TRITON_HEAD_DIMS
+    if backend == "auto":
+        # A head size or dtype without a kernel is left to the reference, as is every other device.
+        return q.device.type == "cuda" and supported and available_backends()["triton"] is None
+    if backend != "triton":
+        return False
+    remedy = 'Use backend="auto" or "reference".'
+    if q.dtype not in TRITON_DTYPES:
+        expected = "float16, bfloat16 or float32 for the triton backend"
+        raise bad_argument("q", expected, q, remedy)
+    if q.shape[-1] not in TRITON_HEAD_DIMS:
+        expected = f"a head size of {list(TRITON_HEAD_DIMS)} for the triton backend"
+        raise bad_argument("q", expected, q, remedy)
+    if q.device.type != "cuda" and not _interpreting():
+        raise bad_argument("q", "a CUDA tensor for the triton backend", q, remedy)
+    if q.dtype == torch.bfloat16 and _interpreting():
+        # Its matrix product multiplies the bits of bfloat16 as integers.
+        expected = "float16 or float32 for the triton backend in the Triton interpreter"
+        raise bad_argument("q", expected, q, remedy)
+    return True
 
 
 def _plain_causal(q: Tensor) -> VisualLayout:

@@ -111,7 +111,7 @@ def _packed_case(lengths: list[int], g: torch.Generator) -> Case:
 
 
 def random_qkv(
-    case: Case, seed: int, heads=4, kv_heads=2, dim=5, dtype=torch.float64, spread=1.5
+    case: Case, seed: int, heads=4, kv_heads=2, dim=32, dtype=torch.float64, spread=1.5
 ) -> list[Tensor]:
     g = torch.Generator().manual_seed(1000 + seed)
 

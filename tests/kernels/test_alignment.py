@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cdfast_kernels import (
     VisualLayout,
     VisualMap,
@@ -22,9 +23,11 @@ from tests.kernels.plain import (
     random_qkv,
 )
 
+# The smallest that every backend takes.
+HEAD_DIM = 32
 REDUCTIONS = ("mean", "sum", "none")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
-TEACHER = {"heads": 6, "kv_heads": 3, "dim": 7}
+TEACHER = {"heads": 6, "kv_heads": 3, "dim": 64}
 
 
 def teacher_map(case, seed, dtype=torch.float64, backend="reference") -> VisualMap:
@@ -75,7 +78,7 @@ def test_loss_and_gradients(kind, objective, reduction, backend, exact_dtype):
 def test_random_layouts(objective, seed, backend, exact_dtype):
     for kind in KINDS:
         case = make_case(kind, seed=100 + seed, batch=4, length=9)
-        q, k, v = random_qkv(case, seed, heads=2, kv_heads=1, dim=3)
+        q, k, v = random_qkv(case, seed, heads=2, kv_heads=1)
         teacher = teacher_dense(case, seed)
         want = plain_loss(case, objective, plain_maps(case, q, k), teacher, "none")
         q2, k2, v2 = (x.detach().to(exact_dtype) for x in (q, k, v))
@@ -160,11 +163,14 @@ def test_pooled_is_the_authors_loss(kind, seed, backend):
 
 
 def fixed_student(rows, dtype=torch.float64):
-    """q, k, lse whose map is `rows` (n, n) on visible keys: d = n, q row i holds log S[i, :]."""
+    """q, k, lse whose map is `rows` (n, n) on visible keys: q row i holds log S[i, :]."""
     s = torch.tensor(rows, dtype=dtype)
     n = s.shape[0]
-    q = s.log().clamp(min=-1e4)[None, :, None, :].requires_grad_()
-    k = torch.eye(n, dtype=dtype)[None, :, None, :].requires_grad_()
+    unused = (0, HEAD_DIM - n)
+    # exp of it is 0 in the dtype, and it multiplies the rounding of dS in dk no more than it must.
+    log_zero = -800 if dtype == torch.float64 else -150
+    q = F.pad(s.log().clamp(min=log_zero), unused)[None, :, None, :].requires_grad_()
+    k = F.pad(torch.eye(n, dtype=dtype), unused)[None, :, None, :].requires_grad_()
     return q, k, torch.zeros(1, 1, n, dtype=dtype, requires_grad=True)
 
 
@@ -324,7 +330,7 @@ def test_batch_without_images(objective, reduction, packed, backend):
     if packed:
         cu, shape = torch.tensor([0, 4, 12], dtype=torch.int32), (12,)
         layout = VisualLayout.from_packed(cu, torch.zeros(12, dtype=torch.bool))
-    q, k = (torch.randn(*shape, 2, 4, requires_grad=True) for _ in range(2))
+    q, k = (torch.randn(*shape, 2, HEAD_DIM, requires_grad=True) for _ in range(2))
     _, lse = flash_attention(q, k, k.detach(), layout=layout, backend=backend)
     target = visual_attention_map(q, k, lse, layout, backend=backend)
     options = {"objective": objective, "reduction": reduction, "backend": backend}
@@ -342,7 +348,7 @@ def test_batch_without_images(objective, reduction, packed, backend):
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_empty_batch(shape, objective, backend):
     layout = VisualLayout.from_mask(torch.zeros(shape, dtype=torch.bool))
-    q = torch.zeros(*shape, 2, 4, requires_grad=True)
+    q = torch.zeros(*shape, 2, HEAD_DIM, requires_grad=True)
     lse = flash_attention(q, q, q, backend=backend)[1]
     target = visual_attention_map(q, q, lse, layout, backend=backend)
     for reduction in REDUCTIONS:
@@ -393,7 +399,7 @@ def test_nan_at_a_live_position_shows_in_the_loss(objective, where, backend):
     visual = torch.tensor([[False, True, True, True, True, False]] * 2)
     layout = VisualLayout.from_mask(visual)
     g = torch.Generator().manual_seed(0)
-    q, k, tq, tk = (torch.randn(2, 6, 2, 4, generator=g) for _ in range(4))
+    q, k, tq, tk = (torch.randn(2, 6, 2, HEAD_DIM, generator=g) for _ in range(4))
     lse = flash_attention(q, k, k, backend=backend)[1]
     teacher_lse = flash_attention(tq, tk, tk, backend=backend)[1]
     nan = float("nan")

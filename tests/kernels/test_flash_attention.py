@@ -55,7 +55,7 @@ def test_lse_alone_is_differentiable(backend, exact_dtype):
 @pytest.mark.parametrize("n", [1, 2, 5, 17])
 def test_without_a_layout_it_is_plain_causal(n, backend, exact_dtype):
     g = torch.Generator().manual_seed(n)
-    q, k, v = (torch.randn(2, n, 2, 4, generator=g, dtype=exact_dtype) for _ in range(3))
+    q, k, v = (torch.randn(2, n, 2, 32, generator=g, dtype=exact_dtype) for _ in range(3))
     out, _ = flash_attention(q, k, v, backend=backend)
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
@@ -94,7 +94,7 @@ def test_nan_at_padding_reaches_nothing(kind, backend):
     assert not live.all()
     clean = random_qkv(case, 7, dtype=torch.float32)
     g = torch.Generator().manual_seed(1)
-    d_out, d_lse = torch.randn(*case.shape, 4, 5, generator=g), torch.randn(3, 4, 11, generator=g)
+    d_out, d_lse = torch.randn(*case.shape, 4, 32, generator=g), torch.randn(3, 4, 11, generator=g)
     poison_row = ~live[:, :, None, None]
 
     def run(poison):
@@ -118,9 +118,9 @@ def test_strided_inputs_and_gradients(backend, exact_dtype):
     case = make_case("packed", seed=4)
     g = torch.Generator().manual_seed(4)
     total = case.shape[0]
-    packed = torch.randn(total, 3, 2, 8, generator=g, dtype=exact_dtype)
+    packed = torch.randn(total, 3, 2, 32, generator=g, dtype=exact_dtype)
     q, k, v = packed.unbind(1)
-    d_out = torch.randn(2, total, 8, generator=g, dtype=exact_dtype).transpose(0, 1)
+    d_out = torch.randn(2, total, 32, generator=g, dtype=exact_dtype).transpose(0, 1)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     contiguous = flash_attention(*leaves, layout=case.layout, backend=backend)[0]
     want = torch.autograd.grad(contiguous, leaves, d_out.contiguous())
@@ -134,15 +134,15 @@ def test_strided_inputs_and_gradients(backend, exact_dtype):
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_empty_batch(shape, backend):
-    q = torch.zeros(*shape, 4, 8, requires_grad=True)
-    k = torch.zeros(*shape, 2, 8, requires_grad=True)
+    q = torch.zeros(*shape, 4, 32, requires_grad=True)
+    k = torch.zeros(*shape, 2, 32, requires_grad=True)
     out, lse = flash_attention(q, k, k, backend=backend)
     assert out.shape == q.shape
     assert lse.shape == (shape[0], 4, shape[1])
     (out.sum() + lse.sum()).backward()
     assert q.grad.shape == q.shape
     packed = VisualLayout.from_packed(torch.zeros(1).int(), torch.zeros(0).bool())
-    x = torch.zeros(0, 2, 4)
+    x = torch.zeros(0, 2, 32)
     assert flash_attention(x, x, x, layout=packed, backend=backend)[1].shape == (2, 0)
 
 
@@ -157,7 +157,7 @@ def test_packed_equals_its_sequences(backend, exact_dtype):
 
 
 def test_autocast_does_not_lower_the_precision(backend):
-    q, k, v = (torch.randn(1, 9, 2, 16) for _ in range(3))
+    q, k, v = (torch.randn(1, 9, 2, 32) for _ in range(3))
     expected = flash_attention(q, k, v, backend=backend)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(flash_attention(q, k, v, backend=backend)[0], expected)

@@ -1,0 +1,155 @@
+"""Registers, spills, shared memory and matrix instructions of every Triton kernel, without a GPU:
+python benchmarks/compile_resources.py [--write FILE]
+
+Compiles ahead of time for sm_80, sm_90 and sm_100 with the settings of launch.py, and reads the
+resource usage out of the binary. These are not measurements of speed.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from cdfast_kernels import alignment, attn_bwd, attn_fwd, map_fwd
+from cdfast_kernels.launch import head_dim_pad, settings_for
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KERNELS = {
+    "fwd": (attn_fwd._attn_fwd_kernel, {}),
+    "map": (map_fwd._visual_map_fwd_kernel, {"STATS": False}),
+    "map+stats": (map_fwd._visual_map_fwd_kernel, {"STATS": True}),
+    "delta": (attn_bwd._attn_bwd_delta_kernel, {"HAS_DLSE": False, "ALIGN": False}),
+    "delta+align": (attn_bwd._attn_bwd_delta_kernel, {"HAS_DLSE": False, "ALIGN": True}),
+    "dq": (attn_bwd._attn_bwd_dq_kernel, {"ALIGN": False}),
+    "dq+align": (attn_bwd._attn_bwd_dq_kernel, {"ALIGN": True}),
+    "dkdv": (attn_bwd._attn_bwd_dkdv_kernel, {"ALIGN": False}),
+    "dkdv+align": (attn_bwd._attn_bwd_dkdv_kernel, {"ALIGN": True}),
+    "align_dq": (alignment._alignment_bwd_dq_kernel, {}),
+    "align_dk": (alignment._alignment_bwd_dk_kernel, {}),
+}
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Arguments that are not tensors of the input dtype: everything else that is written in capitals is.
+FLOATS = ("LSE", "DLSE", "DELTA", "ROW_SCALE", "DLOSS", "PARTS")
+TABLES = ("SAMPLES", "CODES", "BOUNDS", "TILES", "SLOT_TILES")
+MAPS = ("G", "TARGET")
+NUMBERS = ("scale", "softmax_scale", "inv_heads", "map_scale", "target_scale")
+
+
+def argument_type(name: str, dtype: str, stats: bool) -> str:
+    if name in FLOATS:
+        return "*fp32"
+    if name in TABLES:
+        return "*i32"
+    if name == "MAP":
+        return "*fp32" if stats or dtype == "fp32" else "*fp16"
+    if name in MAPS:
+        return "*fp32" if dtype == "fp32" else "*fp16"
+    if name in NUMBERS:
+        return "fp32"
+    return f"*{dtype}" if name.isupper() else "i32"
+
+
+def build(name: str, arch: int, dim: int, dtype: str, contiguous: bool = True):
+    """The compiled kernel, as it is launched on `arch` for 16 query heads and 4 key heads."""
+    function, flags = KERNELS[name]
+    element = torch.empty(0, dtype=DTYPES[dtype]).element_size()
+    settings = settings_for(name.partition("+")[0], arch, dim, element)
+    constants = {
+        "HEADS": 16,
+        "GROUP": 4,
+        "HEAD_DIM": dim,
+        "HEAD_DIM_PAD": head_dim_pad(dim),
+        "BLOCK_M": settings.BLOCK_M,
+        "BLOCK_N": settings.BLOCK_N,
+        "EXACT": dtype == "fp32",
+        "CONTIGUOUS": contiguous,
+        "ACC_INIT": settings.acc_init,
+        # Triton makes a constant of an argument that is 1.
+        "stride_ln": 1,
+        "stride_en": 1,
+        **flags,
+    }
+    signature, used, attributes = {}, {}, {}
+    for i, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument], used[argument] = "constexpr", constants[argument]
+            continue
+        signature[argument] = argument_type(argument, dtype, bool(flags.get("STATS")))
+        aligned = signature[argument].startswith("*") or argument.startswith("stride_")
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, used, attributes)
+    options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), settings
+
+
+def resources(name: str, arch: int, dim: int, dtype: str, contiguous: bool = True) -> dict:
+    """What the binary uses, and the matrix instruction in its PTX ("-" for none)."""
+    kernel, settings = build(name, arch, dim, dtype, contiguous)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        arguments = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    ptx = kernel.asm["ptx"]
+    matrix = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
+    return {
+        "kernel": name,
+        "arch": arch,
+        "head_dim": dim,
+        "dtype": dtype,
+        "tiles": "contiguous" if contiguous else "segments",
+        "block": f"{settings.BLOCK_M}x{settings.BLOCK_N}",
+        "warps": settings.num_warps,
+        "stages": settings.num_stages,
+        "registers": int(found[1]),
+        "spill_bytes": int(found[2]) + int(found[3]),
+        "shared_kib": round(kernel.metadata.shared / 1024, 1),
+        "matrix": next((n for n, text in matrix.items() if text in ptx), "-"),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([str(r[c]) for c in columns] for r in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--dim", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
+    parser.add_argument("--segments", action="store_true", help="layouts with several segments")
+    parser.add_argument("--write", type=Path, help="a .md file to write the table to")
+    options = parser.parse_args()
+    rows = []
+    for arch in options.arch:
+        for dtype in options.dtype:
+            for dim in options.dim:
+                for name in options.kernel:
+                    rows.append(resources(name, arch, dim, dtype, not options.segments))
+                    print(json.dumps(rows[-1]), flush=True)
+    if options.write:
+        title = f"# Compiled resources of the Triton kernels (Triton {triton.__version__})\n\n"
+        note = (
+            "Ahead of time, no GPU: registers per thread, bytes of stack and local memory per "
+            "thread, shared memory per program. Speed: not measured.\n\n"
+        )
+        command = f"Command: `{' '.join(['python', *sys.argv])}`"
+        options.write.write_text(f"{title}{note}{command}\n\n{table(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Ahead-of-time compilation of the Triton kernels: no GPU needed, so it runs everywhere.
+
+A spill, or a matrix instruction that disappears, costs a factor and changes no result: it must fail
+here. The figures, from Triton 3.9, are in benchmarks/results/kernels_resources_bf16.md.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MATRIX = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+# The kernels that have no dot.
+NO_DOT = ("delta",)
+# Spills that no tried setting avoids without losing the matrix instructions: bytes.
+KNOWN_SPILLS = {("dkdv+align", 100, 128): 16}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (not Linux)"
+)
+
+
+def compile_all(*arguments):
+    command = [sys.executable, ROOT / "benchmarks" / "compile_resources.py", *arguments]
+    # Interpreted functions do not compile.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("arch", MATRIX)
+def test_no_spills_and_matrix_instructions(arch, dim):
+    rows = compile_all("--arch", str(arch), "--dim", str(dim))
+    assert len(rows) == 11
+    for row in rows:
+        assert row["spill_bytes"] <= KNOWN_SPILLS.get((row["kernel"], arch, dim), 0), row
+        assert row["matrix"] == ("-" if row["kernel"] in NO_DOT else MATRIX[arch]), row
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("segments", [False, True])
+def test_every_head_size_compiles(dtype, segments):
+    options = ["--dim", "32", "64", "80", "96", "128", "256", "--dtype", dtype]
+    rows = compile_all(*options, *(["--segments"] if segments else []))
+    assert len(rows) == 3 * 6 * 11
+    for row in rows:
+        # 227 KiB is the most that a program can have on sm_90 and sm_100, 163 on sm_80.
+        assert row["shared_kib"] <= (163 if row["arch"] == 80 else 227), row
