@@ -39,10 +39,6 @@ from cdfast.synthetic import (
 
 from . import tiny_processors
 
-needs_assets = pytest.mark.skipif(
-    not (teacher_path() / "model.safetensors").exists(), reason="assets not built"
-)
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -335,7 +331,6 @@ def test_bad_questions_are_refused(model, processor):
         evaluate(model, processor, [])
 
 
-@needs_assets
 def test_teacher_knows_and_needs_the_image():
     teacher = AutoModelForImageTextToText.from_pretrained(teacher_path())
     processor = AutoProcessor.from_pretrained(teacher_path())
@@ -349,7 +344,6 @@ def test_teacher_knows_and_needs_the_image():
     assert control["averages"]["CR"] <= 0.65
 
 
-@needs_assets
 def test_command(tmp_path, capsys):
     result = tmp_path / "new" / "result.json"
     path = str(teacher_path())

@@ -53,10 +53,6 @@ from cdfast.synthetic import (
     teacher_path,
 )
 
-needs_assets = pytest.mark.skipif(
-    not (teacher_path() / "model.safetensors").exists(), reason="assets not built"
-)
-
 
 def _scenes(split, number, seed=0):
     rng = random.Random(seed)
@@ -372,7 +368,6 @@ def test_sizes():
     assert student.vocab_size == len(VOCABULARY) == len(set(VOCABULARY))
 
 
-@needs_assets
 def test_student_checkpoint(tmp_path):
     path = make_student(tmp_path / "a", seed=1)
     student = AutoModelForImageTextToText.from_pretrained(path)
@@ -391,7 +386,6 @@ def test_student_checkpoint(tmp_path):
     assert processor.chat_template == make_processor().chat_template
 
 
-@needs_assets
 def test_card_and_shipped_processor():
     card = read_card()
     assert card["evaluation"]["scenes_shared_with_training"] == 0
