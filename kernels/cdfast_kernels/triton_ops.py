@@ -294,7 +294,7 @@ def visual_attention_map_triton(
     q: Tensor, k: Tensor, lse: Tensor, layout: VisualLayout, scale: float
 ) -> VisualMap:
     data = visual_map(q, k, lse, scale, *_axis_arguments(layout))
-    return VisualMap(data.reshape(*layout.shape, data.shape[1]), layout)
+    return VisualMap(layout.pack_map(layout.to_batch(data.unflatten(0, layout.shape))), layout)
 
 
 def visual_alignment_loss_triton(
@@ -307,7 +307,8 @@ def visual_alignment_loss_triton(
     objective: str,
     reduction: str,
 ) -> Tensor:
-    loss, _, _ = alignment(q, k, lse, target.data, objective, scale, *_axis_arguments(layout))
+    data = _stored_columns(target)
+    loss, _, _ = alignment(q, k, lse, data, objective, scale, *_axis_arguments(layout))
     return _reduce(loss, layout, reduction)
 
 
@@ -321,10 +322,17 @@ def flash_attention_with_alignment_triton(
     objective: str,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
+    data = _stored_columns(target)
     out, loss, _, _, _ = attention_with_alignment(
-        q, k, v, target.data, objective, scale, *_axis_arguments(layout)
+        q, k, v, data, objective, scale, *_axis_arguments(layout)
     )
     return out, _reduce(loss, layout, reduction)
+
+
+def _stored_columns(target: VisualMap) -> Tensor:
+    """(tokens, slots * 64): the kernels still read maps as whole rows."""
+    columns = target.layout.from_batch(target.layout.unpack_map(target.data))
+    return columns if target.layout.is_packed else columns.flatten(0, 1)
 
 
 def _reduce(loss: Tensor, layout: VisualLayout, reduction: str) -> Tensor:

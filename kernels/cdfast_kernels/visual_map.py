@@ -28,12 +28,15 @@ MAP_DTYPE = {
 class VisualMap:
     """S[b, i, v], the mean over heads of the probability that row i gives to visual key v.
 
-    Only key tiles of MAP_TILE columns that hold a visual key of the sample are stored; entries that
-    are not visible or not visual are 0. Maps carry no gradient.
+    Only key tiles of MAP_TILE columns that hold a visual key of the sample are stored, and of each
+    only the rows that can see it, as one panel: nothing above the diagonal tile, at leading padding
+    or for samples without an image. Entries that are not visible or not visual are 0. Maps carry no
+    gradient.
 
     Attributes:
-        data: (B, N, slots * MAP_TILE), packed (total, slots * MAP_TILE). float16 times FP16_SCALE,
-            float32 or float64. Slot c of sample b is key tile layout.slot_tiles[b, c].
+        data: (layout.map_rows, MAP_TILE) the panels of layout.panels one after the other. float16
+            times FP16_SCALE, float32 or float64. Row base + p, column j of the panel of slot c is
+            row p, key layout.slot_tiles[b, c] * MAP_TILE + j.
         layout: the layout the map was made with.
     """
 
@@ -41,7 +44,7 @@ class VisualMap:
     layout: VisualLayout
 
     def __post_init__(self) -> None:
-        expected = (*self.layout.shape, self.layout.num_slots * MAP_TILE)
+        expected = (self.layout.map_rows, MAP_TILE)
         assert tuple(self.data.shape) == expected, (tuple(self.data.shape), expected)
         assert self.data.dtype in MAP_DTYPE.values(), self.data.dtype
         assert not self.data.requires_grad
@@ -81,17 +84,17 @@ class VisualMap:
         column = layout.map_columns()
         index = column.clamp(min=0)[:, None, :].expand(-1, layout.length, -1)
         tiles = dense.detach().gather(2, index).masked_fill((column < 0)[:, None, :], 0)
+        data = layout.pack_map(tiles)
         if dtype == torch.float16:
-            tiles = tiles * FP16_SCALE
-        return cls(layout.from_batch(tiles.to(dtype)), layout)
+            data = data * FP16_SCALE
+        return cls(data.to(dtype), layout)
 
     def to_batch(self, dtype: torch.dtype) -> Tensor:
         """The map as (samples, length, length), in `dtype` (float32 or float64)."""
         layout = self.layout
-        tiles = layout.to_batch(self.data).to(dtype)
+        tiles = layout.unpack_map(self.data.to(dtype))
         if self.dtype == torch.float16:
             tiles = tiles / FP16_SCALE
-        tiles = tiles.masked_fill(~layout.live[:, :, None], 0)
         # Columns that are no token of the sample go to one extra column, which is cut off.
         column = layout.map_columns()
         index = column.masked_fill(column < 0, layout.length)[:, None, :].expand_as(tiles)
