@@ -36,6 +36,24 @@ KERNELS = ("fwd", "map", "delta", "dq", "dkdv", "align_dq", "align_dk")
 # order of KERNELS. Key tiles divide the map tile of 64. fp32 has no matrix instructions here
 # (input_precision="ieee"), so its tiles are small.
 _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
+    (100, 64, 2): (
+        Settings(128, 64, 4, 3),
+        Settings(128, 64, 8, 3),
+        Settings(128, 64, 4, 2),
+        Settings(128, 64, 8, 2),
+        Settings(64, 64, 8, 2),
+        Settings(128, 64, 8, 2),
+        Settings(64, 64, 8, 2),
+    ),
+    (100, 128, 2): (
+        Settings(128, 64, 8, 3),
+        Settings(128, 64, 8, 3),
+        Settings(128, 64, 8, 2),
+        Settings(128, 32, 8, 2),
+        Settings(64, 64, 8, 1),
+        Settings(128, 64, 8, 2),
+        Settings(64, 64, 8, 2),
+    ),
     (90, 64, 2): (
         Settings(128, 64, 4, 3),
         Settings(128, 64, 8, 3),
@@ -59,9 +77,9 @@ _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
         Settings(64, 64, 4, 2),
         Settings(64, 64, 4, 2),
         Settings(64, 32, 4, 2, False),
-        Settings(32, 64, 4, 2, False),
+        Settings(32, 64, 4, 2),
         Settings(64, 64, 4, 2),
-        Settings(64, 64, 4, 2),
+        Settings(64, 64, 8, 2),
     ),
     (80, 128, 2): (
         Settings(64, 64, 4, 2),

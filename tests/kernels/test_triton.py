@@ -169,7 +169,9 @@ def test_inputs_in_place_of_maps(objective, kind, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     for backend in ("triton", "reference"):
         for a, b in zip(fused(inputs, lazy, layout, objective, d_out, 3.0, backend), want):
-            assert max_error(a, b) <= tolerance * float(b.detach().abs().max()) + FLOOR[dtype] * 1e-3
+            assert (
+                max_error(a, b) <= tolerance * float(b.detach().abs().max()) + FLOOR[dtype] * 1e-3
+            )
 
 
 @runs
