@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A target map: its panels alone, or the q, k, lse of each map of a window, and their scales."""
+    """A target map: its panels, or the q, k and lse of each map of a window; and their scales."""
 
     tensors: list[Tensor]
     scales: list[float]
