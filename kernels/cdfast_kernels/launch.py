@@ -6,16 +6,24 @@ matrix instructions present), not from measurements: no GPU has been available t
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from cdfast_kernels.layout import VisualLayout, pack_map, unpack_map
+from cdfast_kernels.errors import bad_argument
+from cdfast_kernels.layout import MAP_TILE, VisualLayout, pack_map, unpack_map
 
 LOG2E = 1.4426950408889634
+
+# Names a file of settings measured on this device, which come before those of the table below.
+TABLE_VARIABLE = "CDFAST_LAUNCH_TABLE"
 
 
 class Settings(NamedTuple):
@@ -116,6 +124,26 @@ def architecture(x: Tensor) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def _measured(path: str) -> dict[tuple[int, int, int, str], Settings]:
+    """The settings of a file that a sweep has written, {} without one."""
+    if not path:
+        return {}
+    try:
+        rows = json.loads(Path(path).read_text())
+        table = {}
+        for row in rows:
+            settings = Settings(*row["settings"])
+            assert row["kernel"] in KERNELS and MAP_TILE % settings.BLOCK_N == 0, row
+            key = row["arch"], row["head_dim_pad"], row["element_size"], row["kernel"]
+            table[key] = settings
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        expected = "a table of launch settings, as python -m benchmarks.tune_kernels --table writes"
+        remedy = f"Write it again on this device, or unset {TABLE_VARIABLE}."
+        raise bad_argument(TABLE_VARIABLE, expected, f"{path}: {error!r}", remedy) from error
+    return table
+
+
 def settings_for(kernel: str, arch: int, dim: int, element_size: int) -> Settings:
     """The row of the table for an architecture: the newest one not above it that has an entry."""
     if kernel == "g":
@@ -124,6 +152,9 @@ def settings_for(kernel: str, arch: int, dim: int, element_size: int) -> Setting
     if arch == 0:
         return _INTERPRETER[index]
     pad = head_dim_pad(dim)
+    measured = _measured(os.environ.get(TABLE_VARIABLE, "")).get((arch, pad, element_size, kernel))
+    if measured is not None:
+        return measured
     fits = [
         (-known, largest, size)
         for known, largest, size in _LAUNCH

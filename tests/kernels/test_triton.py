@@ -1,5 +1,6 @@
 """What only the Triton backend has: its tiles, head sizes, operators, launch table and refusals."""
 
+import json
 import os
 import subprocess
 import sys
@@ -349,6 +350,25 @@ def test_every_architecture_and_head_size_has_settings():
                 for kernel in launch.KERNELS:
                     settings = launch.settings_for(kernel, arch, dim, size)
                     assert MAP_TILE % settings.BLOCK_N == 0
+
+
+def test_settings_that_were_measured_come_first(tmp_path, monkeypatch):
+    from cdfast_kernels import launch
+
+    row = {"arch": 90, "head_dim_pad": 128, "element_size": 2, "kernel": "dq"}
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps([row | {"settings": [64, 32, 4, 3, False]}]))
+    before = launch.settings_for("dq", 90, 64, 2), launch.settings_for("fwd", 90, 128, 2)
+    monkeypatch.setenv(launch.TABLE_VARIABLE, str(file))
+    assert launch.settings_for("dq", 90, 96, 2) == (64, 32, 4, 3, False)
+    assert before == (launch.settings_for("dq", 90, 64, 2), launch.settings_for("fwd", 90, 128, 2))
+    for number, text in enumerate(("[", "{}[", json.dumps([row]), "[3]")):
+        bad = tmp_path / f"bad{number}.json"
+        bad.write_text(text)
+        for path in (bad, tmp_path / "absent.json"):
+            monkeypatch.setenv(launch.TABLE_VARIABLE, str(path))
+            with pytest.raises(ValueError, match=r"^CDFAST_LAUNCH_TABLE: expected .*json"):
+                launch.settings_for("dq", 90, 128, 2)
 
 
 def test_importing_the_package_does_not_import_triton():
