@@ -134,10 +134,11 @@ def _measured(path: str) -> dict[tuple[int, int, int, str], Settings]:
         table = {}
         for row in rows:
             settings = Settings(*row["settings"])
-            assert row["kernel"] in KERNELS and MAP_TILE % settings.BLOCK_N == 0, row
+            if row["kernel"] not in KERNELS or MAP_TILE % settings.BLOCK_N:
+                raise ValueError(f"an unknown kernel, or key tiles that do not divide 64: {row}")
             key = row["arch"], row["head_dim_pad"], row["element_size"], row["kernel"]
             table[key] = settings
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         expected = "a table of launch settings, as python -m benchmarks.tune_kernels --table writes"
         remedy = f"Write it again on this device, or unset {TABLE_VARIABLE}."
         raise bad_argument(TABLE_VARIABLE, expected, f"{path}: {error!r}", remedy) from error
