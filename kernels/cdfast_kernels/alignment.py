@@ -14,31 +14,127 @@ import triton.language as tl
 from torch import Tensor
 
 from cdfast_kernels.launch import Axis, batch_arguments, launch
-from cdfast_kernels.map_fwd import Rows, Target, map_program, student_map_fwd, target_arguments
-from cdfast_kernels.tl_common import MAP_SCALE, MAP_TILE, TINY, panel_ptrs
+from cdfast_kernels.map_fwd import (
+    N_STATISTICS,
+    Rows,
+    Target,
+    map_program,
+    student_map_fwd,
+    target_arguments,
+)
+from cdfast_kernels.tl_common import MAP_SCALE, MAP_TILE, TINY, load_sample, panel_ptrs
 
 # float32 bytes of S that exist at a time where a loss can be formed row by row, and the multiple
 # that a chunk of rows is rounded to.
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 64 * 2**20
 CHUNK_ROWS = 128
 # Relative to the row's norm: below it G keeps an absolute error of one rounding.
-SMALLEST_DIFFERENCE = 1e-3
+SMALLEST_DIFFERENCE = tl.constexpr(1e-3)
 
 
 class Coefficients(NamedTuple):
-    """Per row, float64: u = student * S - target * T, G ~ (u - student * S * excess) * gain.
+    """Numbers of each row of a chunk, from which G and the loss are formed entry by entry.
 
-    For `kl`: S and T times `student` and `target` are the renormalised rows.
+    With u = (student * S - target * T) * gain: G = u - student * S * excess_gain is what is stored,
+    times ROW_SCALE dL/dS; the loss of a row is loss_scale times its sum of u^2. For `kl`: student *
+    S and target * T are the renormalised rows.
+
+    Attributes:
+        table: float32 (4, samples, rows) student, target, excess_gain and gain.
+        loss_scale: float64 (samples, rows), 0 in rows that do not count.
     """
 
-    student: Tensor
-    target: Tensor
-    excess: Tensor
-    gain: Tensor
-    # G is what is stored times row_scale; the loss of a row is loss_scale times its sum.
-    row_scale: Tensor
+    table: Tensor
     loss_scale: Tensor
-    counted: Tensor
+
+
+@triton.jit
+def _inverse_difference(student, target, dot, ss, tt):
+    """1 / |u| of each row, so that G keeps its digits in float16 when u is small."""
+    s, t = ss * student * student, tt * target * target
+    largest = tl.maximum(s, t)
+    square = s + t - 2 * dot * student * target
+    square = tl.maximum(square, SMALLEST_DIFFERENCE * SMALLEST_DIFFERENCE * largest)
+    return tl.minimum(1 / tl.sqrt(tl.where(largest == 0, 1.0, square)), 1e30)
+
+
+@triton.jit
+def _row_coefficients_kernel(
+    PARTS,
+    COEFFICIENTS,
+    LOSS_SCALE,
+    ROW_SCALE,
+    SAMPLES,
+    ENTRIES,
+    COUNTS,
+    n_slots,
+    tokens_per_sample,
+    first_row,
+    n_rows,
+    BLOCK_M: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+):
+    """The coefficients of losses that are sums over rows: "row", "mse" and "kl". In float64."""
+    sample = tl.program_id(0).to(tl.int64)
+    begin, end, _, _, _ = load_sample(SAMPLES, sample)
+    place = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_chunk = place < n_rows
+    token = sample * tokens_per_sample + begin + first_row + place
+    in_sample = in_chunk & (begin + first_row + place < end)
+    entries = tl.load(ENTRIES + token, mask=in_sample, other=0)
+    step = tl.num_programs(0).to(tl.int64) * n_rows
+    at = sample * n_rows + place
+    largest_s = tl.zeros([BLOCK_M], tl.float32)
+    largest_t = tl.zeros([BLOCK_M], tl.float32)
+    dot = tl.zeros([BLOCK_M], tl.float64)
+    ss = tl.zeros([BLOCK_M], tl.float64)
+    tt = tl.zeros([BLOCK_M], tl.float64)
+    s1 = tl.zeros([BLOCK_M], tl.float64)
+    t1 = tl.zeros([BLOCK_M], tl.float64)
+    for slot in tl.range(0, n_slots):
+        part = PARTS + tl.cast(slot, tl.int64) * N_STATISTICS * step + at
+        max_s = tl.load(part, mask=in_sample, other=0.0)
+        max_t = tl.load(part + step, mask=in_sample, other=0.0)
+        unit_s = tl.where(max_s < TINY, 1.0, max_s).to(tl.float64)
+        unit_t = tl.where(max_t < TINY, 1.0, max_t).to(tl.float64)
+        dot += tl.load(part + 2 * step, mask=in_sample, other=0.0) * unit_s * unit_t
+        ss += tl.load(part + 3 * step, mask=in_sample, other=0.0) * unit_s * unit_s
+        tt += tl.load(part + 4 * step, mask=in_sample, other=0.0) * unit_t * unit_t
+        s1 += tl.load(part + 5 * step, mask=in_sample, other=0.0)
+        t1 += tl.load(part + 6 * step, mask=in_sample, other=0.0)
+        largest_s, largest_t = tl.maximum(largest_s, max_s), tl.maximum(largest_t, max_t)
+    sample_rows = tl.maximum(tl.load(COUNTS + sample * 2), 1).to(tl.float64)
+    sample_entries = tl.maximum(tl.load(COUNTS + sample * 2 + 1), 1).to(tl.float64)
+    one = tl.full([BLOCK_M], 1.0, tl.float64)
+    if OBJECTIVE == "kl":
+        zero = t1 == 0
+        student, target = 1 / tl.where(s1 == 0, 1.0, s1), 1 / tl.where(zero, 1.0, t1)
+        excess_gain, gain = one, one
+        counted = (entries > 1) & (zero == 0)
+        row_scale, loss_scale = student / sample_rows, one / sample_rows
+    elif OBJECTIVE == "mse":
+        student, target = one, one
+        gain = _inverse_difference(student, target, dot, ss, tt)
+        excess_gain = 0 * one
+        counted = entries > 0
+        row_scale, loss_scale = 2 / sample_entries / gain, 1 / sample_entries / (gain * gain)
+    else:
+        # A largest value may ignore NaN; the sums do not.
+        sums = dot + ss + tt
+        zero = (tl.minimum(largest_s, largest_t) < TINY) & (sums == sums)
+        student = tl.where(zero, 0.0, 1 / tl.sqrt(tl.where(zero, 1.0, ss)))
+        target = tl.where(zero, 0.0, 1 / tl.sqrt(tl.where(zero, 1.0, tt)))
+        gain = _inverse_difference(student, target, dot, ss, tt)
+        excess_gain = (1 - dot * student * target) * gain
+        counted = (entries > 1) & (zero == 0)
+        row_scale, loss_scale = student / sample_rows / gain, 0.5 / sample_rows / (gain * gain)
+    row_scale = tl.where(counted, row_scale, 0.0).to(tl.float32)
+    tl.store(ROW_SCALE + token, row_scale, mask=in_sample)
+    tl.store(LOSS_SCALE + at, tl.where(counted, loss_scale, 0.0), mask=in_chunk)
+    tl.store(COEFFICIENTS + at, student.to(tl.float32), mask=in_chunk)
+    tl.store(COEFFICIENTS + step + at, target.to(tl.float32), mask=in_chunk)
+    tl.store(COEFFICIENTS + 2 * step + at, excess_gain.to(tl.float32), mask=in_chunk)
+    tl.store(COEFFICIENTS + 3 * step + at, gain.to(tl.float32), mask=in_chunk)
 
 
 @triton.jit
@@ -46,7 +142,7 @@ def _alignment_g_fwd_kernel(
     MAP,
     TARGET,
     G,
-    PARTS,
+    TERMS,
     COEFFICIENTS,
     SAMPLES,
     CODES,
@@ -87,9 +183,11 @@ def _alignment_g_fwd_kernel(
         BLOCK_M,
         CONTIGUOUS,
     )
-    s = tl.load(panel_ptrs(MAP, chunk, rows, 0, MAP_TILE), mask=entries, other=0.0)
+    # Whole rows are read: a mask of entries would split the loads. What is no entry holds 0.
+    held = in_panel[:, None]
+    s = tl.load(panel_ptrs(MAP, chunk, rows, 0, MAP_TILE), mask=held, other=0.0)
     t_ptrs = panel_ptrs(TARGET, panel if TARGET_IN_PANELS else chunk, rows, 0, MAP_TILE)
-    t = tl.load(t_ptrs, mask=entries, other=0.0).to(tl.float32) * target_scale
+    t = tl.load(t_ptrs, mask=held, other=0.0).to(tl.float32) * target_scale
     # (coefficients, samples, rows), and (slots, samples, rows)
     step = (tl.num_programs(0) // n_slots).to(tl.int64) * n_rows
     at = place + tl.arange(0, BLOCK_M)
@@ -112,7 +210,33 @@ def _alignment_g_fwd_kernel(
         g = u - s_hat * excess_gain
     g_ptrs = panel_ptrs(G, panel, rows, 0, MAP_TILE)
     tl.store(g_ptrs, g.to(G.dtype.element_ty), mask=in_panel[:, None])
-    tl.store(PARTS + slot * step + at, tl.sum(term, 1), mask=in_chunk)
+    tl.store(TERMS + slot * step + at, tl.sum(term, 1), mask=in_chunk)
+
+
+@triton.jit
+def _row_loss_kernel(
+    TERMS,
+    LOSS_SCALE,
+    ROW_LOSS,
+    n_slots,
+    first_row,
+    n_rows,
+    length,
+    BLOCK_M: tl.constexpr,
+):
+    """Loss of each row: its terms over the slots, in float64."""
+    sample = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_chunk = place < n_rows
+    at = sample * n_rows + place
+    step = tl.num_programs(0).to(tl.int64) * n_rows
+    total = tl.zeros([BLOCK_M], tl.float64)
+    for slot in tl.range(0, n_slots):
+        total += tl.load(TERMS + tl.cast(slot, tl.int64) * step + at, mask=in_chunk, other=0.0)
+    loss_scale = tl.load(LOSS_SCALE + at, mask=in_chunk, other=0.0)
+    # Rows that do not count may hold anything.
+    loss = tl.where(loss_scale == 0, 0.0, total * loss_scale)
+    tl.store(ROW_LOSS + sample * length + first_row + place, loss, mask=in_chunk)
 
 
 def g_dtype(q_dtype: torch.dtype, objective: str) -> torch.dtype:
@@ -125,23 +249,30 @@ def alignment_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss per sample (samples,), G (map rows, 64) and its row scale (tokens,)."""
     g = torch.empty(axis.map_rows, 64, dtype=g_dtype(q.dtype, objective), device=q.device)
-    row_loss = torch.zeros(axis.n_samples, axis.length, dtype=torch.float64, device=q.device)
     if 0 in (axis.n_tokens, axis.n_slots):
-        return row_loss.sum(1).float(), g, torch.zeros(axis.n_tokens, device=q.device)
-    row_scale = torch.zeros_like(row_loss)
-    entries = axis.rows(axis.entries)
+        loss = torch.zeros(axis.n_samples, device=q.device)
+        return loss, g, torch.zeros(axis.n_tokens, device=q.device)
+    row_scale = torch.empty(axis.n_tokens, device=q.device)
+    shape = (axis.n_samples, axis.length)
+    row_loss = torch.empty(shape, dtype=torch.float64, device=q.device)
     for rows in _chunks(axis, objective):
         t = target.rows(axis, rows)
         student, parts = student_map_fwd(q, k, lse, axis, scale, rows, t)
         if objective == "pooled":
             return _pooled(student, t, axis, g.dtype)
-        here = slice(rows.first, rows.first + rows.size)
-        row = _coefficients(objective, parts, entries[:, here], axis.counts)
-        terms = _g(q, student, t, g, row, axis, rows, objective)
-        summed = terms.sum(0, dtype=torch.float64) * row.loss_scale
-        row_loss[:, here] = torch.where(row.counted, summed, 0)
-        row_scale[:, here] = row.row_scale
-    return row_loss.sum(1).float(), g, axis.flat(row_scale).float()
+        row = _coefficients(objective, q, parts, row_scale, axis, rows)
+        terms = torch.empty(axis.n_slots, axis.n_samples, rows.size, device=q.device)
+        arguments = {
+            **batch_arguments(axis, q, k, scale),
+            **{"MAP": student, "G": g, "TERMS": terms, "COEFFICIENTS": row.table},
+            **{"LOSS_SCALE": row.loss_scale, "ROW_LOSS": row_loss, "length": axis.length},
+            **target_arguments(t),
+            **rows.arguments(),
+            "KL": objective == "kl",
+        }
+        launch("rows", _alignment_g_fwd_kernel, axis.map_grid(rows.size), arguments)
+        launch("rows", _row_loss_kernel, axis.sample_grid(rows.size), arguments)
+    return row_loss.sum(1).float(), g, row_scale
 
 
 def _chunks(axis: Axis, objective: str) -> list[Rows]:
@@ -154,81 +285,49 @@ def _chunks(axis: Axis, objective: str) -> list[Rows]:
     return [Rows(first, min(count, axis.length - first)) for first in starts]
 
 
-def _g(
-    q: Tensor,
-    student: Tensor,
-    target: Tensor,
-    g: Tensor,
-    row: Coefficients,
-    axis: Axis,
-    rows: Rows,
-    objective: str,
-) -> Tensor:
-    """Writes the rows of G; the row sums of the loss's terms (slots, samples, rows)."""
-    table = torch.stack((row.student, row.target, row.excess * row.gain, row.gain)).float()
-    terms = torch.empty(axis.n_slots, axis.n_samples, rows.size, device=q.device)
+def _coefficients(
+    objective: str, q: Tensor, parts: Tensor, row_scale: Tensor, axis: Axis, rows: Rows
+) -> Coefficients:
+    """From the statistics of a chunk of rows; writes their part of `row_scale`."""
+    if objective == "map":
+        return _map_coefficients(parts, row_scale, axis)
+    shape = (axis.n_samples, rows.size)
+    table = torch.empty(4, *shape, device=q.device)
+    loss_scale = torch.empty(shape, dtype=torch.float64, device=q.device)
     arguments = {
-        **batch_arguments(axis, q, q, 1.0),
-        **{"MAP": student, "G": g, "PARTS": terms, "COEFFICIENTS": table, "KL": objective == "kl"},
-        **target_arguments(target),
+        **{"Q": q, "PARTS": parts, "COEFFICIENTS": table, "LOSS_SCALE": loss_scale},
+        **{"ROW_SCALE": row_scale, "SAMPLES": axis.samples, "ENTRIES": axis.entries},
+        **{"COUNTS": axis.counts, "n_slots": axis.n_slots, "OBJECTIVE": objective},
+        "tokens_per_sample": axis.tokens_per_sample,
         **rows.arguments(),
     }
-    launch("g", _alignment_g_fwd_kernel, axis.map_grid(rows.size), arguments)
-    return terms
+    launch("rows", _row_coefficients_kernel, axis.sample_grid(rows.size), arguments)
+    return Coefficients(table, loss_scale)
 
 
-def _coefficients(objective: str, parts: Tensor, entries: Tensor, counts: Tensor) -> Coefficients:
-    """Of rows (samples, rows), from their statistics and the number of their entries."""
-    max_s, max_t, dot, ss, tt, s1, t1 = parts.double().unbind(1)
+def _map_coefficients(parts: Tensor, row_scale: Tensor, axis: Axis) -> Coefficients:
+    """`map` normalises by the norms of whole samples, but scales G row by row, as `row` does."""
+    max_s, max_t, dot, ss, tt, _, _ = parts.double().unbind(1)
     tiny = TINY.value
     unit_s, unit_t = max_s.masked_fill(max_s < tiny, 1), max_t.masked_fill(max_t < tiny, 1)
     dot, ss, tt = ((dot * unit_s * unit_t).sum(0), (ss * unit_s**2).sum(0), (tt * unit_t**2).sum(0))
-    per_row = objective in ("row", "kl")
-    n_rows, n_entries = counts.double().clamp(min=1).unsqueeze(2).unbind(1)
-    if objective == "kl":
-        return _kl_coefficients(s1.sum(0), t1.sum(0), entries, n_rows)
-    if objective == "mse":
-        one = torch.ones_like(dot)
-        gain = _gain(one, one, dot, ss, tt)
-        counted = entries > 0
-        row_scale = torch.where(counted, 2 / n_entries / gain, 0)
-        loss_scale = 1 / n_entries / gain**2
-        return Coefficients(one, one, 0 * one, gain, row_scale, loss_scale, counted)
-    max_s, max_t = max_s.amax(0), max_t.amax(0)
-    norms = (dot, ss, tt)
-    if not per_row:
-        dot_all, ss_all, tt_all = (x.sum(1, keepdim=True).expand_as(x) for x in norms)
-        norms = (dot_all, ss_all, tt_all)
-        max_s, max_t = (x.amax(1, keepdim=True).expand_as(x) for x in (max_s, max_t))
+    dot_all, ss_all, tt_all = (x.sum(1, keepdim=True) for x in (dot, ss, tt))
+    largest_s, largest_t = (x.amax((0, 2))[:, None] for x in (max_s, max_t))
     # A largest value may ignore NaN; the sums do not.
-    zero = (torch.minimum(max_s, max_t) < tiny) & ~(norms[0] + norms[1] + norms[2]).isnan()
-    student = norms[1].masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
-    target = norms[2].masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
-    gain = _gain(student, target, dot, ss, tt)
-    counted = (entries > (1 if per_row else 0)) & ~zero
-    weight = 1 / n_rows.expand_as(dot) if per_row else torch.ones_like(dot)
-    row_scale = torch.where(counted, weight * student / gain, 0)
-    excess = 1 - norms[0] * student * target
-    return Coefficients(student, target, excess, gain, row_scale, weight / 2 / gain**2, counted)
-
-
-def _gain(student: Tensor, target: Tensor, dot: Tensor, ss: Tensor, tt: Tensor) -> Tensor:
-    """1 / |u| of each row, so that G keeps its digits in float16 when u is small."""
+    zero = (torch.minimum(largest_s, largest_t) < tiny) & ~(dot_all + ss_all + tt_all).isnan()
+    student = ss_all.masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
+    target = tt_all.masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
     s, t = ss * student**2, tt * target**2
     largest = torch.maximum(s, t)
-    square = torch.maximum(s + t - 2 * dot * student * target, SMALLEST_DIFFERENCE**2 * largest)
-    return square.masked_fill(largest == 0, 1).rsqrt().clamp(max=1e30)
-
-
-def _kl_coefficients(sum_s: Tensor, sum_t: Tensor, entries: Tensor, n_rows: Tensor) -> Coefficients:
-    zero = sum_t == 0
-    counted = (entries > 1) & ~zero
-    student = 1 / sum_s.masked_fill(entries == 0, 1)
-    target = 1 / sum_t.masked_fill(zero, 1)
-    one = torch.ones_like(student)
-    weight = 1 / n_rows.expand_as(one)
-    row_scale = torch.where(counted, student * weight, 0)
-    return Coefficients(student, target, one, one, row_scale, weight, counted)
+    square = s + t - 2 * dot * student * target
+    square = torch.maximum(square, SMALLEST_DIFFERENCE.value**2 * largest)
+    gain = square.masked_fill(largest == 0, 1).rsqrt().clamp(max=1e30)
+    counted = (axis.rows(axis.entries) > 0) & ~zero
+    row_scale.copy_(axis.flat(torch.where(counted, student / gain, 0)))
+    excess_gain = (1 - dot_all * student * target) * gain
+    rows = (x.expand_as(gain) for x in (student, target, excess_gain, gain))
+    loss_scale = torch.where(counted, 0.5 / gain**2, 0)
+    return Coefficients(torch.stack(list(rows)).float(), loss_scale)
 
 
 def _pooled(

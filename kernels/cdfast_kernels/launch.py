@@ -111,7 +111,7 @@ _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
     (80, 256, 4): (Settings(16, 32, 4, 1, False),) * 7,
 }
 # Without matrix products.
-_ELEMENTWISE = Settings(32, 64, 4, 1)
+_ROWS = Settings(32, 64, 4, 1)
 # The interpreter's time is per operation, not per element.
 _INTERPRETER = (Settings(64, 64, 4, 1),) * 7
 
@@ -147,8 +147,8 @@ def _measured(path: str) -> dict[tuple[int, int, int, str], Settings]:
 
 def settings_for(kernel: str, arch: int, dim: int, element_size: int) -> Settings:
     """The row of the table for an architecture: the newest one not above it that has an entry."""
-    if kernel == "g":
-        return _ELEMENTWISE
+    if kernel == "rows":
+        return _ROWS
     index = KERNELS.index(kernel)
     if arch == 0:
         return _INTERPRETER[index]
@@ -313,6 +313,9 @@ class Axis(NamedTuple):
 
     def map_grid(self, rows: int) -> Grid:
         return lambda tile: (self.n_samples * self.n_slots, triton.cdiv(rows, tile.BLOCK_M))
+
+    def sample_grid(self, rows: int) -> Grid:
+        return lambda tile: (self.n_samples, triton.cdiv(rows, tile.BLOCK_M))
 
     def empty_chunk(self, n_rows: int) -> Tensor:
         """(samples, slots, n_rows, 64), float32: see map_fwd.py."""

@@ -229,7 +229,8 @@ def _visual_map_fwd_kernel(
     if STATS:
         t_base = panel if TARGET_IN_PANELS else chunk
         t_ptrs = panel_ptrs(TARGET, t_base, rows, 0, MAP_TILE)
-        t = tl.load(t_ptrs, mask=entries, other=0.0).to(tl.float32) * target_scale
+        # Whole rows are read: a mask of entries would split the loads. What is no entry holds 0.
+        t = tl.load(t_ptrs, mask=in_panel[:, None], other=0.0).to(tl.float32) * target_scale
         max_s, max_t = tl.max(acc, 1), tl.max(t, 1)
         s_unit = acc / tl.where(max_s < TINY, 1.0, max_s)[:, None]
         t_unit = t / tl.where(max_t < TINY, 1.0, max_t)[:, None]
