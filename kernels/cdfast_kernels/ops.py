@@ -51,6 +51,7 @@ def available_backends() -> dict[str, str | None]:
     }
     reasons["reference"] = None
     reasons["triton"] = _why_not_triton()
+    reasons |= {name: _libraries().why_not(name) for name in ATTENTION_BACKENDS}
     return reasons
 
 
@@ -96,6 +97,9 @@ def flash_attention(
     with torch.autocast(q.device.type, enabled=False):
         if _runs_on_triton(backend, q):
             return _triton().flash_attention_triton(q, k, v, layout, scale)
+        if backend in ATTENTION_BACKENDS:
+            _libraries().check_library(q, layout, backend)
+            return _libraries().flash_attention_library(q, k, v, layout, scale, backend)
         return flash_attention_ref(q, k, v, layout, scale)
 
 
@@ -256,6 +260,13 @@ def _triton() -> ModuleType:
     from cdfast_kernels import triton_ops
 
     return triton_ops
+
+
+def _libraries() -> ModuleType:
+    """The attention of other libraries, imported at its first use only."""
+    from cdfast_kernels import lse_attention
+
+    return lse_attention
 
 
 def _interpreting() -> bool:
