@@ -268,8 +268,9 @@ def _fused_setup(ctx, inputs, output):
 
 
 def _fused_vjp(ctx, d_out, d_loss, _d_lse, _d_g, _d_row_scale):
-    saved, scale = ctx.saved_tensors[:7], ctx.scale
-    tables = list(ctx.saved_tensors[7:])
+    # Read once: activation checkpointing recomputes them for that, and refuses a second reading.
+    saved = list(ctx.saved_tensors)
+    saved, tables, scale = saved[:7], saved[7:], ctx.scale
     none = None, None, None, [None] * ctx.n_tables, None, None, None
     if d_out is None and d_loss is None:
         return None, None, None, *none
