@@ -29,6 +29,7 @@ def test_public_names():
             "available_backends",
             "flash_attention",
             "flash_attention_with_alignment",
+            "keep_alignment",
             "visual_alignment_loss",
             "visual_attention_map",
         }
