@@ -19,8 +19,8 @@ _LSE_MULTIPLE = 32
 
 
 def _sdpa_forward(q, k, v, scale, mask, cu_seqlens, length):
-    aten, n = torch.ops.aten, q.shape[1]
-    if not q.is_cuda:
+    aten, n, dim = torch.ops.aten, q.shape[1], q.shape[-1]
+    if q.device.type == "cpu":
         q, k, v = _heads_first(q, *_repeat(q, k, v))
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
@@ -34,13 +34,13 @@ def _sdpa_forward(q, k, v, scale, mask, cu_seqlens, length):
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
             q, k, v, bias, True, 0.0, mask is None, scale=scale
         )
-    return out.transpose(1, 2)[..., : v.shape[-1]], lse[..., :n]
+    return out.transpose(1, 2)[..., :dim], lse[..., :n]
 
 
 def _sdpa_backward(d_out, q, k, v, out, lse, scale, mask, cu_seqlens, length):
     aten, dim = torch.ops.aten, q.shape[-1]
     kv_heads = k.shape[2]
-    if not q.is_cuda:
+    if q.device.type == "cpu":
         tensors = _heads_first(d_out, q, *_repeat(q, k, v), out)
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *tensors, lse, 0.0, mask is None, attn_mask=mask, scale=scale

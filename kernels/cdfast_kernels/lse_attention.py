@@ -45,6 +45,9 @@ _INSTALLED = {
 # |dlse| / |dO| up to which `out` can carry dlse, as a power of two: what the dtype can hold.
 _REACH = {torch.float16: 15, torch.bfloat16: 60, torch.float32: 60, torch.float64: 400}
 
+# Numbers of `out` that are worked on at a time.
+_CHUNK = 2**22
+
 
 def why_not(library: str) -> str | None:
     """None if the library can run here, else the reason; imports nothing."""
@@ -281,8 +284,21 @@ def carry_dlse(d_out: Tensor, out: Tensor, d_lse: Tensor) -> tuple[Tensor, Tenso
     Returns:
         d_out', out', and bool (..., H, 1), True where d_out was changed.
     """
+    outputs = _empty(d_out), _empty(out), d_out.new_empty(*d_out.shape[:-1], 1, dtype=torch.bool)
+    d_lse = d_lse.transpose(-1, -2)[..., None]
+    # Float32 temporaries of some tokens only: all would be several times as large as out.
+    tokens = max(1, _CHUNK // d_out.shape[-2:].numel())
+    flat = (x.flatten(0, -3).split(tokens) for x in (d_out, out, d_lse, *outputs))
+    for *inputs, carrier, carried, stuck in zip(*flat):
+        for to, result in zip((carrier, carried, stuck), _carry_chunk(*inputs)):
+            to.copy_(result)
+    return outputs
+
+
+def _carry_chunk(d_out: Tensor, out: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`carry_dlse` of (tokens, H, d), with d_lse (tokens, H, 1)."""
     wide, reach = wide_dtype(d_out.dtype), _REACH[d_out.dtype]
-    d_lse = d_lse.transpose(-1, -2)[..., None].to(wide)
+    d_lse = d_lse.to(wide)
     grad = d_out.to(wide)
     product = grad * out.to(wide) - d_lse
     size = product.abs()

@@ -70,12 +70,15 @@ def flash_attention(
     s_h = softmax_scale q_h k^T,  lse_h[i] = log sum_j exp(s_h[i, j]),  j over the visible keys.
 
     Args:
-        q: (B, N, H, d), packed (total, H, d). float16, bfloat16, float32; float64 on "reference".
+        q: (B, N, H, d), packed (total, H, d). float16, bfloat16, float32; float64 on "reference",
+            and on "sdpa" on the CPU.
         k, v: (B, N, Hk, d), packed (total, Hk, d), dtype of q. Hk divides H; query head h reads
             head h // (H / Hk).
         softmax_scale: positive; d**-0.5 by default.
         layout: who sees whom; None is plain causal attention over (B, N).
-        backend: "auto", "triton", "cpu", "reference", "sdpa", "flash_attn" or "xformers".
+        backend: "auto", "triton", "cpu", "reference", "sdpa", "flash_attn" or "xformers". The last
+            three are the attention of these libraries (kernels/README.md, "Beside another
+            attention"), whose backward is given the gradient of the LSE through its `out`.
 
     Returns:
         out: shape and dtype of q, 0 in rows at padding.

@@ -14,6 +14,7 @@ from cdfast_kernels import (
     available_backends,
     flash_attention,
     flash_attention_with_alignment,
+    library_calls,
     lse_attention,
     visual_alignment_loss,
     visual_attention_map,
@@ -146,6 +147,18 @@ def test_out_carries_dlse(pattern, dtype):
             assert stuck[d != 0].all()  # a channel without d_out keeps more digits
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks_of_tokens(packed, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    shape, lse_shape = ((30, 3, 16), (3, 30)) if packed else ((2, 15, 3, 16), (2, 3, 15))
+    d_out, out = (torch.randn(shape, generator=g).bfloat16() for _ in range(2))
+    d_lse = torch.randn(lse_shape, generator=g)
+    want = lse_attention.carry_dlse(d_out, out, d_lse)
+    monkeypatch.setattr(lse_attention, "_CHUNK", 7 * 3 * 16)
+    for a, b in zip(lse_attention.carry_dlse(d_out, out, d_lse), want):
+        assert torch.equal(a, b)
+
+
 def test_a_small_dlse_is_not_lost_in_bfloat16():
     """Adding dlse dO / |dO|^2 to every channel of out returns out, where it is below its rounding:
     the gradient of a loss with a small weight would lose its part through the LSE altogether."""
@@ -259,6 +272,25 @@ def test_torch_compile_without_graph_breaks(kind):
     assert torch.equal(got, want)
     for a, b in zip(*(torch.autograd.grad(x, inputs) for x in (got, want))):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_calls_have_the_arguments_of_their_operators(dtype, capability, masked, monkeypatch):
+    """Without a device: tensors without data check signatures and shapes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    forward, backward = library_calls.LIBRARIES["sdpa"]
+    q = torch.empty(2, 20, 4, 36, dtype=dtype, device="meta")
+    k, v = (torch.empty(2, 20, 2, 36, dtype=dtype, device="meta") for _ in range(2))
+    mask = torch.empty(2, 1, 20, 32, dtype=dtype, device="meta")[..., :20] if masked else None
+    arguments = (0.2, mask, None, 20)
+    out, lse = forward(q, k, v, *arguments)
+    assert out.shape == q.shape
+    assert lse.shape == (2, 4, 20)
+    assert lse.dtype == torch.float32
+    grads = backward(out.contiguous(), q, k, v, out.contiguous(), lse, *arguments)
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
 
 
 # flash_attn and xformers, by stand-ins with their signatures
