@@ -52,6 +52,7 @@ def available_backends() -> dict[str, str | None]:
     }
     reasons["reference"] = None
     reasons["triton"] = _why_not_triton()
+    reasons |= {name: _libraries().why_not(name) for name in ATTENTION_BACKENDS}
     return reasons
 
 
@@ -70,12 +71,15 @@ def flash_attention(
     s_h = softmax_scale q_h k^T,  lse_h[i] = log sum_j exp(s_h[i, j]),  j over the visible keys.
 
     Args:
-        q: (B, N, H, d), packed (total, H, d). float16, bfloat16, float32; float64 on "reference".
+        q: (B, N, H, d), packed (total, H, d). float16, bfloat16, float32; float64 on "reference",
+            and on "sdpa" on the CPU.
         k, v: (B, N, Hk, d), packed (total, Hk, d), dtype of q. Hk divides H; query head h reads
             head h // (H / Hk).
         softmax_scale: positive; d**-0.5 by default.
         layout: who sees whom; None is plain causal attention over (B, N).
-        backend: "auto", "triton", "cpu", "reference", "sdpa", "flash_attn" or "xformers".
+        backend: "auto", "triton", "cpu", "reference", "sdpa", "flash_attn" or "xformers". The last
+            three are the attention of these libraries (kernels/README.md, "Beside another
+            attention"), whose backward is given the gradient of the LSE through its `out`.
 
     Returns:
         out: shape and dtype of q, 0 in rows at padding.
@@ -97,6 +101,9 @@ def flash_attention(
     with torch.autocast(q.device.type, enabled=False):
         if _runs_on_triton(backend, q):
             return _triton().flash_attention_triton(q, k, v, layout, scale)
+        if backend in ATTENTION_BACKENDS:
+            _libraries().check_library(q, layout, backend)
+            return _libraries().flash_attention_library(q, k, v, layout, scale, backend)
         return flash_attention_ref(q, k, v, layout, scale)
 
 
@@ -107,8 +114,8 @@ def visual_attention_map(
     layout: VisualLayout,
     *,
     softmax_scale: float | None = None,
-    storage: str = "auto",
     backend: str = "auto",
+    storage: str = "auto",
 ) -> VisualMap:
     """The head-averaged attention on visual keys, S[b, i, v] = (1/H) sum_h exp(s_h - lse_h).
 
@@ -118,10 +125,10 @@ def visual_attention_map(
         lse: (B, H, N), packed (H, total): the LSE over all visible keys, from `flash_attention`.
         layout: who sees whom, and which keys are visual.
         softmax_scale: the one given to `flash_attention`; d**-0.5 by default.
+        backend: "auto", "triton", "cpu" or "reference".
         storage: "map" computes the map now; "inputs" keeps q, k and lse, from which every reader of
             the map computes it; "auto" is "inputs" on the triton backend where the map would take
             more than twice their memory.
-        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         A VisualMap without gradient: scaled float16 for float16 and bfloat16 q, else q's dtype.
@@ -265,6 +272,13 @@ def _triton() -> ModuleType:
     from cdfast_kernels import triton_ops
 
     return triton_ops
+
+
+def _libraries() -> ModuleType:
+    """The attention of other libraries, imported at its first use only."""
+    from cdfast_kernels import lse_attention
+
+    return lse_attention
 
 
 def _interpreting() -> bool:

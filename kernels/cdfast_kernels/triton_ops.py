@@ -242,7 +242,9 @@ def _fused_setup(ctx, inputs, output):
 
 
 def _fused_vjp(ctx, d_out, d_loss, _d_lse, _d_g, _d_row_scale):
-    saved, tables = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    # Read once: activation checkpointing recomputes them for that, and refuses a second reading.
+    saved = list(ctx.saved_tensors)
+    saved, tables = saved[:7], saved[7:]
     if d_out is None and d_loss is None:
         return None, None, None, *_no_gradients(ctx)
     grads = attention_with_alignment_backward(d_out, d_loss, *saved, ctx.scale, tables, ctx.host)

@@ -14,6 +14,7 @@ from cdfast_kernels import available_backends
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ALIGNMENT_BACKENDS = ("reference", "cpu", *(["triton"] if INTERPRETING else []))
+USABLE_BACKENDS = [b for b in ALIGNMENT_BACKENDS if available_backends()[b] is None]
 
 # Of a test with many cases, those that the interpreter runs by default. Tests not named run whole.
 INTERPRETED = {
@@ -52,7 +53,7 @@ def _uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[b for b in ALIGNMENT_BACKENDS if available_backends()[b] is None])
+@pytest.fixture(params=USABLE_BACKENDS)
 def backend(request) -> str:
     return request.param
 

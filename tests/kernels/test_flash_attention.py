@@ -4,10 +4,21 @@ import pytest
 import torch
 from cdfast_kernels import VisualLayout, flash_attention
 
+from tests.kernels.conftest import USABLE_BACKENDS
 from tests.kernels.plain import KINDS, make_case, plain_attention, random_qkv
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 HEADS = {"mha": (3, 3), "gqa": (4, 2), "mqa": (4, 1)}
+
+
+@pytest.fixture(params=[*USABLE_BACKENDS, "sdpa"])
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def exact_dtype(backend) -> torch.dtype:
+    return torch.float64 if backend in ("reference", "sdpa") else torch.float32
 
 
 def assert_close(got, expected, dtype=torch.float64):
