@@ -112,8 +112,9 @@ class Problem:
             return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
         self.case, self.dtype = case, dtype
-        first = min(20, case.tokens - case.visual)
+        self.first = first = min(20, case.tokens - case.visual)
         self.visual = torch.arange(first, first + case.visual, device=device)
+        self.eager: peers.EagerInputs | None = None
         mask = torch.zeros(case.batch, case.tokens, dtype=torch.bool)
         mask[:, first : first + case.visual] = True
         self.layout = VisualLayout.from_mask(mask).to(device)
@@ -130,9 +131,12 @@ class Problem:
     def inputs(self) -> list[torch.Tensor]:
         return [x.detach() for x in self.leaves]
 
-    def dense_target(self) -> torch.Tensor:
-        """(B, N, V), made sample by sample: a dense map of the batch would not fit."""
-        return self.target.to_dense()[..., self.visual]
+    def prepare_eager(self) -> None:
+        """The target as eager training has it; it may not fit."""
+        n, device = self.case.tokens, self.q.device
+        target = self.target.to_dense()[..., self.visual]
+        hidden = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
+        self.eager = peers.EagerInputs(target, self.visual, self.first, hidden)
 
     @property
     def pairs(self) -> int:
@@ -142,8 +146,8 @@ class Problem:
     @property
     def entries(self) -> int:
         """Visible (row, visual key) pairs of one head, over the batch."""
-        first, n = int(self.visual[0]), self.case.tokens
-        return self.case.batch * sum(n - i for i in range(first, first + self.case.visual))
+        end = self.first + self.case.visual
+        return self.case.batch * sum(self.case.tokens - i for i in range(self.first, end))
 
 
 def attention_only(run: Callable[..., torch.Tensor]) -> Callable[..., tuple]:
@@ -185,7 +189,7 @@ def variants(problem: Problem) -> dict[str, Callable[..., tuple] | str]:
             found[name] = usable.get(adapter, "unknown") or modular
     for name, attention in peers.attentions().items():
         found[name] = attention if isinstance(attention, str) else attention_only(attention)
-    found["eager"] = lambda p, leaves: peers.eager(*leaves, p.dense, p.visual)
+    found["eager"] = lambda p, leaves: peers.eager(*leaves, p.eager)
     return found
 
 
@@ -226,16 +230,16 @@ def check_small(case: Case, device: str, backend: str) -> dict[str, str | None]:
     visual = max(2, case.visual * n // case.tokens)
     small = Case(n, visual, 1, case.heads, case.kv_heads, case.head_dim, case.dtype)
     problem = Problem(small, device, backend)
-    problem.dense = problem.dense_target()
+    problem.prepare_eager()
     exact_leaves = [x.detach().double().requires_grad_() for x in problem.leaves]
-    outputs = peers.eager(*exact_leaves, problem.dense.double(), problem.visual)
+    outputs = peers.eager(*exact_leaves, problem.eager)
     seeds = (problem.d_out.double(), problem.one.double())
     exact = (*outputs, *torch.autograd.grad(outputs, exact_leaves, seeds, retain_graph=True))
     plain = (outputs[0], *torch.autograd.grad(outputs[0], exact_leaves, seeds[0]))
     found: dict[str, str | None] = {}
     runs = variants(problem)
     eager = whole(problem, runs["eager"])
-    eager_out = peers.eager(*problem.leaves, problem.dense, problem.visual)[0]
+    eager_out = peers.eager(*problem.leaves, problem.eager)[0]
     eager_plain = (
         eager_out,
         *torch.autograd.grad(eager_out, problem.leaves, problem.d_out),
@@ -381,14 +385,13 @@ def measure(case: Case, device: str, clock: Clock, options: Any, ceiling: dict) 
     checks = check_small(case, device, backend)
     free()
     problem = Problem(case, device, backend)
-    dense, no_dense = attempt(problem.dense_target)
-    problem.dense = dense
+    _, no_eager = attempt(problem.prepare_eager)
     rows: dict[str, dict] = {}
     runs: dict[str, Callable[..., tuple]] = {}
     for name, run in variants(problem).items():
         reason = run if isinstance(run, str) else checks[name]
         if name == "eager":
-            reason = reason or no_dense
+            reason = reason or no_eager
         if reason is None:
             runs[name] = run  # type: ignore[assignment]
         else:

@@ -161,6 +161,9 @@ class _Timed:
     def __init__(self, name: str, kernel: Any, owner: KernelClock):
         self.name, self.kernel, self.owner = name, kernel, owner
 
+    def __getattr__(self, attribute):
+        return getattr(self.kernel, attribute)
+
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             begin = self.owner.clock.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -83,27 +84,39 @@ def attentions() -> dict[str, Attention | str]:
     return found
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, target: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-    """out, and the `row` loss (mean over samples) on materialised maps; no code of cdfast_kernels.
-
-    As models compute eager attention: softmax in float32 (float64 for float64), probabilities in
-    the dtype of q.
+@dataclass(frozen=True)
+class EagerInputs:
+    """What eager training has at hand once per batch.
 
     Args:
         target: (B, N, V), the teacher's head-mean map on the visual columns.
         visual: int64 (V,), positions of the visual tokens, the same in every sample.
+        first: the first of them, on the host.
+        hidden: bool (N, N), True where a row does not see a key.
+    """
+
+    target: Tensor
+    visual: Tensor
+    first: int
+    hidden: Tensor
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, given: EagerInputs) -> tuple[Tensor, Tensor]:
+    """out, and the `row` loss (mean over samples) on materialised maps; no code of cdfast_kernels.
+
+    As models compute eager attention: softmax in float32 (float64 for float64), probabilities in
+    the dtype of q.
     """
     n = q.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-    probs = scores.masked_fill_(hidden, float("-inf")).softmax(-1, dtype=wide).to(q.dtype)
+    probs = scores.masked_fill_(given.hidden, float("-inf")).softmax(-1, dtype=wide).to(q.dtype)
     del scores
     out = probs @ v
-    student = probs.mean(1)[..., visual].to(wide)
     # The first row sees one visual key: it counts, without a loss.
-    first = int(visual[0])
-    terms = 1 - F.cosine_similarity(student[:, first + 1 :], target[:, first + 1 :].to(wide), -1)
-    return out.transpose(1, 2), terms.sum(1).mean() / (n - first)
+    rows = slice(given.first + 1, None)
+    student = probs.mean(1)[:, rows][..., given.visual].to(wide)
+    terms = 1 - F.cosine_similarity(student, given.target[:, rows].to(wide), -1)
+    return out.transpose(1, 2), terms.sum(1).mean() / (n - given.first)

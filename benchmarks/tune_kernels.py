@@ -1,0 +1,429 @@
+"""Measures launch settings for the table of launch.py: python -m benchmarks.tune_kernels
+
+For each head size and dtype, and each kernel of the table, candidate tile shapes, warps and stages
+are compiled (in several processes), checked against the results of the present settings, and timed
+in turn. Settings that do not compile, exceed the shared memory, spill or change the result are
+recorded with the reason and left out. The best rows are printed as they stand in launch.py, and
+everything is written as it goes: stop it at any time.
+
+    python -m benchmarks.tune_kernels --list --arch 90      the candidates; no GPU needed
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cdfast_kernels import flash_attention, flash_attention_with_alignment, visual_alignment_loss
+
+from benchmarks.bench_kernels import AGREEMENT, DTYPES, Case, Problem
+from benchmarks.measure import (
+    RESULTS,
+    Clock,
+    environment,
+    kernels,
+    result_path,
+    summary,
+    write_json,
+)
+from tests.numerics import FLOOR, max_error
+
+# KiB of shared memory that one program can have.
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
+# float32 numbers per thread in accumulators and score tiles: more does not fit into 255 registers.
+MOST_NUMBERS = 224
+# Kernels that write two accumulators of a key tile; the others have one of a row tile.
+KEY_TILES = ("dkdv", "align_dk")
+ACC_INIT = ("dq", "dkdv")
+ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One row of the table: a head size (padded to a power of 2) and a dtype."""
+
+    head_dim: int
+    dtype: str
+
+    @property
+    def element_size(self) -> int:
+        return torch.empty(0, dtype=DTYPES[self.dtype]).element_size()
+
+
+SPECS = (Spec(128, "bf16"), Spec(64, "bf16"), Spec(256, "bf16"), Spec(128, "fp32"))
+
+
+def candidates(kernel: str, spec: Spec, arch: int) -> list[Any]:
+    """Settings to try, the present ones first; those that cannot fit are left out."""
+    from cdfast_kernels.launch import Settings, settings_for
+
+    present = settings_for(kernel, arch, spec.head_dim, spec.element_size)
+    full = spec.element_size == 4
+    rows = (16, 32, 64) if full else (32, 64, 128)
+    keys = (32, 64)
+    if kernel == "map":
+        keys = (present.BLOCK_N,)  # its key tile is the map tile
+    elif kernel == "fwd" and not full:
+        rows, keys = (64, 128), (32, 64, 128)
+    stages = (1, 2) if full or spec.head_dim > 128 else (2, 3, 4)
+    found = [present]
+    for m, n, warps, depth in itertools.product(rows, keys, (4, 8), stages):
+        settings = Settings(m, n, warps, depth, present.acc_init)
+        if settings not in found and fits(kernel, settings, spec, arch):
+            found.append(settings)
+    return found
+
+
+def fits(kernel: str, settings: Any, spec: Spec, arch: int) -> bool:
+    """Whether a rough count of registers and shared memory allows these settings."""
+    m, n = settings.BLOCK_M, settings.BLOCK_N
+    held = 2 * n if kernel in KEY_TILES else m
+    numbers = (held * spec.head_dim + 2 * m * n) / (32 * settings.num_warps)
+    streamed = m if kernel in KEY_TILES else n
+    kept = n if kernel in KEY_TILES else m
+    tiles = 2 * streamed * settings.num_stages + kept
+    shared = tiles * spec.head_dim * spec.element_size / 1024
+    limit = max(kib for known, kib in SHARED_KIB.items() if known <= max(arch, 80))
+    # The compiler may need less (it overlaps buffers), hardly more.
+    return numbers <= MOST_NUMBERS and shared <= 1.25 * limit
+
+
+def variations(kernel: str, settings: Any) -> list[Any]:
+    """A second step around the best tile shape: G as the first value of the accumulator or not."""
+    return [settings._replace(acc_init=not settings.acc_init)] if kernel in ACC_INIT else []
+
+
+class Workload:
+    """One training step's tensors, and a call per kernel of the table that launches it."""
+
+    def __init__(self, spec: Spec, device: str):
+        if device == "cpu":
+            self.case = Case(40, 25, 1, 2, 1, spec.head_dim, spec.dtype)
+        else:
+            self.case = Case(4096, 2880, 2, 16, 16, spec.head_dim, spec.dtype)
+        self.problem = Problem(self.case, device, "triton")
+        self.graphs: dict[str, tuple] = {}
+
+    def run(self, kernel: str) -> tuple:
+        """The results that the kernel has a part in."""
+        p = self.problem
+        options: dict[str, Any] = {"layout": p.layout, "backend": "triton"}
+        if kernel == "fwd":
+            with torch.no_grad():
+                return flash_attention(*p.inputs(), **options)
+        if kernel == "map":
+            with torch.no_grad():
+                return flash_attention_with_alignment(*p.inputs(), p.target, **options)
+        modular = kernel.startswith("align_")
+        outputs = self._graph(modular)
+        seeds = (p.one,) if modular else (p.d_out, p.one)
+        leaves = p.leaves[:2] if modular else p.leaves
+        return torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)
+
+    def _graph(self, modular: bool) -> tuple:
+        """Outputs with their graph, made once with the present settings."""
+        name = "modular" if modular else "fused"
+        if name not in self.graphs:
+            p = self.problem
+            if modular:
+                lse = p.lse.detach().requires_grad_()
+                loss = visual_alignment_loss(
+                    *p.leaves[:2], lse, p.target, p.layout, backend="triton"
+                )
+                self.graphs[name] = (loss,)
+            else:
+                self.graphs[name] = flash_attention_with_alignment(
+                    *p.leaves, p.target, p.layout, backend="triton"
+                )
+        return self.graphs[name]
+
+
+class Override:
+    """Replaces the settings of one kernel of the table, and watches the launches that use them."""
+
+    def __init__(self, clock: Clock | None):
+        self.clock = clock
+        self.kernel = ""
+        self.settings: Any = None
+        self.asked = ""
+        self.pairs: list[tuple[Any, Any]] = []
+        self.compiled: Any = None
+        self.compile_only = False
+
+    @contextmanager
+    def active(self):
+        from cdfast_kernels import launch
+
+        original = launch.settings_for
+
+        def settings_for(kernel: str, *arguments: Any) -> Any:
+            self.asked = kernel
+            chosen = kernel == self.kernel and self.settings is not None
+            return self.settings if chosen else original(kernel, *arguments)
+
+        replaced = list(kernels().items())
+        launch.settings_for = settings_for
+        for (module, name), kernel in replaced:
+            setattr(module, name, _Watched(kernel, self))
+        try:
+            yield self
+        finally:
+            launch.settings_for = original
+            for (module, name), kernel in replaced:
+                setattr(module, name, kernel)
+
+
+class _Watched:
+    def __init__(self, kernel: Any, owner: Override):
+        self.kernel, self.owner = kernel, owner
+
+    def __getattr__(self, attribute):
+        return getattr(self.kernel, attribute)
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            owner = self.owner
+            mine, owner.asked = owner.asked == owner.kernel, ""
+            if not mine:
+                return self.kernel[grid](*args, **kwargs)
+            if owner.compile_only:
+                return self.kernel.warmup(*args, grid=grid, **kwargs)
+            begin = owner.clock.start()
+            owner.compiled = self.kernel[grid](*args, **kwargs)
+            owner.pairs.append((begin, owner.clock.stop()))
+            return owner.compiled
+
+        return launch
+
+
+# One per process of the pool.
+_worker: dict[str, Any] = {}
+
+
+def compile_one(spec: Spec, kernel: str, settings: Any) -> str | None:
+    """Compile without launching, into Triton's cache on disk; the reason if that fails."""
+    try:
+        if _worker.get("spec") != spec:
+            _worker.clear()
+            _worker["load"] = Workload(spec, "cuda")
+            _worker["spec"] = spec
+        override = Override(None)
+        override.kernel, override.settings, override.compile_only = kernel, settings, True
+        with override.active():
+            _worker["load"].run(kernel)
+    except Exception as error:
+        return reason_of(error)
+    return None
+
+
+def reason_of(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]
+
+
+def compile_ahead(pool: Any, jobs: list[tuple], deadline: float) -> None:
+    """Fill the cache. What is not done in time, or fails, is met again where it is timed."""
+    waiting = [pool.submit(compile_one, *job) for job in jobs]
+    with suppress(Exception):
+        for _ in as_completed(waiting, timeout=max(deadline - time.monotonic(), 1)):
+            pass
+    for future in waiting:
+        future.cancel()
+
+
+def try_settings(
+    load: Workload, override: Override, kernel: str, settings: Any, want: tuple
+) -> dict[str, Any]:
+    """One candidate, run once: its resources, and why it is left out, if it is."""
+    override.kernel, override.settings, override.pairs = kernel, settings, []
+    row: dict[str, Any] = {"kernel": kernel, "settings": list(settings), "left_out": None}
+    try:
+        got = load.run(kernel)
+        for a, b in zip(got, want):
+            largest = float(b.abs().nan_to_num(posinf=0).max())
+            limit = AGREEMENT * FLOOR[load.problem.dtype] * largest
+            error = max_error(a, b)
+            if not error <= limit:
+                row["left_out"] = f"changes a result by {error / max(largest, 1e-30):.1e}"
+        row["registers"] = getattr(override.compiled, "n_regs", None)
+        row["spills"] = getattr(override.compiled, "n_spills", None)
+        row["shared"] = getattr(getattr(override.compiled, "metadata", None), "shared", None)
+        if row["spills"]:
+            row["left_out"] = row["left_out"] or f"spills {row['spills']}"
+    except AssertionError as error:
+        row["left_out"] = f"wrong: {error}"
+    except Exception as error:
+        row["left_out"] = reason_of(error)
+    return row
+
+
+def time_rows(load: Workload, override: Override, rows: list[dict], rounds: int) -> None:
+    """Adds the median time of the kernel alone to each row; rows in turn in every round."""
+    from cdfast_kernels.launch import Settings
+
+    clock = override.clock
+    assert clock is not None
+    times: list[list[tuple[float, float]]] = [[] for _ in rows]
+    for _ in range(rounds):
+        for row, found in zip(rows, times):
+            override.settings, override.pairs = Settings(*row["settings"]), []
+            load.run(row["kernel"])
+            found += [(clock.milliseconds(*pair), 0.0) for pair in override.pairs]
+    for row, found in zip(rows, times):
+        row |= {key: summary(found)[key] for key in ("ms", "spread")}
+
+
+def best_of(rows: list[dict]) -> dict | None:
+    """The fastest that is not left out; the present settings unless it is faster by its spread."""
+    timed = [row for row in rows if row.get("ms") is not None and row["left_out"] is None]
+    if not timed:
+        return None
+    best = min(timed, key=lambda row: row["ms"])
+    present = rows[0]
+    if present.get("ms") is None or present["left_out"] is not None:
+        return best
+    gain = 1 - best["ms"] / present["ms"]
+    return best if gain > max(best["spread"], present["spread"], 0.01) else present
+
+
+def tune(
+    spec: Spec, names: list[str], options: Any, arch: int, pool: Any, deadline: float, save: Any
+) -> None:
+    """All kernels of one row of the table. `save(rows of a kernel)` is called after each."""
+    from cdfast_kernels.launch import Settings
+
+    load = Workload(spec, options.device)
+    override = Override(Clock(options.device))
+    with override.active():
+        for kernel in names:
+            if time.monotonic() > deadline:
+                return
+            override.settings = None
+            want = tuple(x.detach().clone() for x in load.run(kernel))
+            tried = candidates(kernel, spec, arch)[: options.limit]
+            if pool is not None:
+                jobs = [(spec, kernel, settings) for settings in tried]
+                compile_ahead(pool, jobs, deadline)
+            rows: list[dict] = []
+            for settings in tried:
+                if rows and time.monotonic() > deadline:
+                    break
+                rows.append(try_settings(load, override, kernel, settings, want))
+            # The present settings are timed even where they spill.
+            usable = [row for row in rows if row["left_out"] is None or row is rows[0]]
+            time_rows(load, override, usable, options.rounds)
+            best = best_of(rows) or rows[0]
+            for settings in variations(kernel, Settings(*best["settings"])):
+                row = try_settings(load, override, kernel, settings, want)
+                rows.append(row)
+                if row["left_out"] is None:
+                    time_rows(load, override, [best, row], options.rounds)
+            save(kernel, rows, best_of(rows) or rows[0])
+
+
+def table_row(arch: int, spec: Spec, best: dict[str, list], names: tuple[str, ...]) -> str:
+    """The row as it stands in launch.py; kernels that were not measured keep their settings."""
+    from cdfast_kernels.launch import Settings, head_dim_pad, settings_for
+
+    lines = [f"    ({arch}, {head_dim_pad(spec.head_dim)}, {spec.element_size}): ("]
+    for kernel in names:
+        present = settings_for(kernel, arch, spec.head_dim, spec.element_size)
+        m, n, warps, stages, acc_init = Settings(*best.get(kernel, present))
+        last = "" if acc_init else ", False"
+        note = f"  # {kernel}" + ("" if kernel in best else ", not measured")
+        lines.append(f"        Settings({m}, {n}, {warps}, {stages}{last}),{note}")
+    return "\n".join([*lines, "    ),"])
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    from cdfast_kernels.launch import KERNELS
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--head-size", type=int, nargs="+", help="of the rows to measure")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--budget-minutes", type=float, default=9.0)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--limit", type=int, help="candidates per kernel")
+    parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--list", action="store_true", help="print the candidates and stop")
+    parser.add_argument("--arch", type=int, help="for --list")
+    return parser.parse_args(argv)
+
+
+def specs_of(options: argparse.Namespace) -> list[Spec]:
+    if options.head_size is None and options.dtype is None:
+        return list(SPECS)
+    pairs = itertools.product(options.head_size or [128], options.dtype or ["bf16"])
+    return [Spec(*pair) for pair in pairs]
+
+
+def main(argv: list[str] | None = None) -> None:
+    from cdfast_kernels.launch import KERNELS, architecture
+
+    options = parse(argv)
+    if options.list:
+        for spec in specs_of(options):
+            for kernel in options.kernel:
+                for settings in candidates(kernel, spec, options.arch or 90):
+                    print(spec, kernel, settings)
+        return
+    arch = architecture(torch.empty(0, device=options.device))
+    deadline = time.monotonic() + 60 * options.budget_minutes
+    path = result_path("launch", options.device, options.output)
+    arguments = sys.argv[1:] if argv is None else argv
+    report: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.tune_kernels", *arguments]),
+        "environment": environment(options.device),
+        "arch": arch,
+        "rows": [],
+    }
+    pool = None
+    if options.device.startswith("cuda"):
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(options.workers, mp_context=spawn)
+    try:
+        for spec in specs_of(options):
+            if time.monotonic() > deadline:
+                break
+            entry: dict[str, Any] = {
+                "head_dim": spec.head_dim,
+                "dtype": spec.dtype,
+                "best": {},
+                "kernels": {},
+            }
+            report["rows"].append(entry)
+
+            def save(kernel: str, rows: list[dict], best: dict, entry: dict = entry) -> None:
+                entry["kernels"][kernel] = rows
+                entry["best"][kernel] = best["settings"]
+                write_json(path, report)
+                first = rows[0].get("ms")
+                print(kernel, best["settings"], best.get("ms"), "ms; present:", first, flush=True)
+
+            tune(spec, options.kernel, options, arch, pool, deadline, save)
+            entry["table"] = table_row(arch, spec, entry["best"], KERNELS)
+            write_json(path, report)
+            print(entry["table"], flush=True)
+            if options.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
