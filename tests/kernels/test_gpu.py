@@ -432,7 +432,9 @@ def reports(text):
         else:
             current = [body]
             found.append(current)
-    return ["\n".join(block) for block in found if len(block) > 1]
+    # A race can be reported on one line.
+    kinds = (" Error", " Warning", " Race")
+    return ["\n".join(block) for block in found if len(block) > 1 or block[0].startswith(kinds)]
 
 
 def sanitize(tool, *arguments):
@@ -475,8 +477,10 @@ def test_sanitizer_reports_are_read():
         "========= COMPUTE-SANITIZER\nfinished\n"
         "========= Invalid __global__ write of size 4 bytes\n"
         "=========     at _attn_bwd_dq_kernel+0x10\n=========     by thread (0,0,0)\n"
-        "========= ERROR SUMMARY: 1 error\n"
+        "========= Error: Race reported between Write access at _visual_map_fwd_kernel+0x20\n"
+        "========= ERROR SUMMARY: 2 errors\n"
     )
-    [one] = reports(text)
-    assert "_attn_bwd_dq_kernel" in one
+    write, race = reports(text)
+    assert "_attn_bwd_dq_kernel" in write
+    assert "_visual_map_fwd_kernel" in race
     assert not reports("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
