@@ -4,7 +4,8 @@ Tolerance. Training amplifies rounding, so step by step the losses of two correc
 drift apart. The error budget of tests/numerics.py is applied to whole runs: against the same run in
 float64, the losses of `triton` up to a step may be off by at most GRADIENT (3) times what those of
 the reference in the same dtype are off by, plus FLOOR of the dtype; and never by more than LIMIT of
-the loss, so that a reference that drifts cannot excuse anything.
+the loss, so that a reference that drifts cannot excuse anything. A gradient of the alignment loss
+that is wrong by a thousandth is outside of this after 3 steps.
 """
 
 import pytest
@@ -18,10 +19,12 @@ from tests.numerics import FLOOR, GRADIENT
 REASON = available_backends()["triton"]
 runs = pytest.mark.skipif(REASON is not None, reason=f"triton backend: {REASON}")
 
-# Largest relative difference of a loss from the float64 run.
-LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+# Largest relative difference of a loss from the float64 run: 4 times that of the reference after
+# 100 steps on a CPU (5.4e-6 in float32, 1.1e-2 in bfloat16).
+LIMIT = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 TOKENS = 72  # two key tiles, the second one mostly empty
-PARTS = ("lm", "kl", "alignment")
+# Loss -> how many FLOORs: KL, of about 0.03 here, is a difference of log-probabilities of about 5.
+PARTS = {"lm": 1, "kl": 4, "alignment": 1}
 
 
 def train(backend, steps, dtype=torch.float32, device=DEVICE):
@@ -65,7 +68,8 @@ def check(steps, dtype):
     plain, got = (drift(train(backend, steps, dtype), exact) for backend in ("reference", "triton"))
     for name, a, b in zip(PARTS, got[-1].tolist(), plain[-1].tolist()):
         print(f"{dtype}, {steps} steps, {name}: triton {a:.2e}, reference {b:.2e} off float64")
-    assert (got <= GRADIENT * plain + FLOOR[dtype]).all()
+    floor = FLOOR[dtype] * torch.tensor(list(PARTS.values()))
+    assert (got <= GRADIENT * plain + floor).all()
     assert float(got.max()) <= LIMIT[dtype]
     # The student learned: a run that stands still would agree with anything.
     if steps >= 50:
