@@ -22,8 +22,6 @@ from tests.kernels.on_device import DEVICE, put_on_device
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ALIGNMENT_BACKENDS = ("reference", "cpu", "triton")
 USABLE_BACKENDS = [b for b in ALIGNMENT_BACKENDS if available_backends()[b] is None]
-# These make tensors on the device themselves.
-MOVE_THEIR_OWN = ("test_triton", "test_gpu", "test_training")
 
 # Of a test with many cases, those that the interpreter runs by default. Tests not named run whole.
 INTERPRETED = {
@@ -42,7 +40,8 @@ INTERPRETED = {
 def pytest_collection_modifyitems(items):
     if DEVICE != "cpu":
         for name, module in list(sys.modules.items()):
-            if name.startswith("tests.kernels.test_") and not name.endswith(MOVE_THEIR_OWN):
+            # A module with a DEVICE makes its tensors there itself.
+            if name.startswith("tests.kernels.test_") and not hasattr(module, "DEVICE"):
                 put_on_device(module)
     for item in items:
         if DEVICE == "cpu" and item.get_closest_marker("gpu"):

@@ -3,7 +3,7 @@
 Every operation a test module has imported is replaced by one that moves its CPU arguments to
 DEVICE (tensors with their strides, layouts, maps) and its results back. Gradients take the same way
 through autograd. So no tensor can be forgotten, the oracle stays where it is, and on a machine
-without a GPU nothing is replaced.
+without a GPU nothing is replaced. Modules that have a DEVICE of their own are left alone.
 """
 
 import functools
