@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -346,14 +347,15 @@ def ratios(variants: dict[str, dict], backend: str) -> dict[str, Any]:
 
 
 def kernel_rows(problem: Problem, run: Run, clock: Clock, ceiling: dict) -> list[dict]:
-    """Median time of each kernel's launches in one forward and backward, and its rate."""
+    """Median time of each kernel in one forward and backward, and its rate."""
     timed = KernelClock(clock)
     with timed.active():
         run()
         timed.milliseconds()
+        steps = []
         for _ in range(5):
             run()
-        found = timed.milliseconds()
+            steps.append(timed.milliseconds())
     case = problem.case
     pair = 2 * case.head_dim * case.heads * problem.pairs
     entry = 2 * case.head_dim * case.heads * problem.entries
@@ -365,9 +367,10 @@ def kernel_rows(problem: Problem, run: Run, clock: Clock, ceiling: dict) -> list
         "_attn_bwd_dkdv_kernel": 4 * pair,
     }
     rows = []
-    for name, times in sorted(found.items()):
-        ms = sorted(times)[len(times) // 2]
-        row: dict[str, Any] = {"kernel": name, "ms": ms, "launches": len(times) // 5}
+    for name in sorted(steps[0]):
+        # A kernel may be launched once per chunk of rows: all launches of a step count.
+        ms = statistics.median(sum(step[name]) for step in steps)
+        row: dict[str, Any] = {"kernel": name, "ms": ms, "launches": len(steps[0][name])}
         if name in products:
             row["tflops"] = products[name] / ms / 1e9
             row["share_of_matmul"] = row["tflops"] / ceiling["matmul_tflops"]

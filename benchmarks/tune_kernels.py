@@ -278,7 +278,7 @@ def time_rows(load: Workload, override: Override, rows: list[dict], rounds: int)
         for row, found in zip(rows, times):
             override.settings, override.pairs = Settings(*row["settings"]), []
             load.run(row["kernel"])
-            found += [(clock.milliseconds(*pair), 0.0) for pair in override.pairs]
+            found.append((sum(clock.milliseconds(*pair) for pair in override.pairs), 0.0))
     for row, found in zip(rows, times):
         row |= {key: summary(found)[key] for key in ("ms", "spread")}
 
