@@ -21,14 +21,13 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from cdfast_kernels import (
-    VisualLayout,
     available_backends,
     flash_attention,
     flash_attention_with_alignment,
@@ -37,6 +36,7 @@ from cdfast_kernels import (
 )
 
 from benchmarks import peers, report
+from benchmarks.cases import Case, Problem, cpu_cases, gpu_cases
 from benchmarks.measure import (
     RESULTS,
     Clock,
@@ -49,106 +49,12 @@ from benchmarks.measure import (
 )
 from tests.numerics import FLOOR, FORWARD, GRADIENT, assert_within_budget, max_error
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OWN = ("triton", "cpu", "reference")
 ADAPTERS = ("sdpa", "flash_attn", "xformers")
 # Two results in the dtype of the inputs, both within the budget of the small check.
 AGREEMENT = 4.0
 CHECKED_TOKENS = 512
 Run = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    tokens: int
-    visual: int
-    batch: int
-    heads: int = 16
-    kv_heads: int = 16
-    head_dim: int = 128
-    dtype: str = "bf16"
-
-    @property
-    def name(self) -> str:
-        shape = f"{self.batch}x{self.tokens}, {self.visual} visual"
-        return f"{shape}, H {self.heads}/{self.kv_heads}, d {self.head_dim}, {self.dtype}"
-
-
-def gpu_cases(quick: bool) -> list[Case]:
-    """In order of value: a run that is stopped early has the main ones."""
-    shares = {1024: 729, 2048: 1458, 4096: 2880, 8192: 7000, 16384: 15000}
-    batch = {n: 16384 // n for n in shares}
-
-    def cases(sizes: Iterable[int], **shape: Any) -> list[Case]:
-        return [Case(n, shares[n], batch[n], **shape) for n in sizes]
-
-    grouped = {"heads": 28, "kv_heads": 4}
-    if quick:
-        return cases((4096, 2048)) + cases((4096,), **grouped)
-    return [
-        *cases((4096, 1024, 2048, 8192, 16384)),
-        *cases((4096, 1024, 16384), **grouped),
-        *cases((4096, 1024), head_dim=64),
-        *cases((8192, 2048), **grouped),
-        Case(4096, 1024, 4),
-        *cases((4096,), dtype="fp16"),
-    ]
-
-
-def cpu_cases(quick: bool) -> list[Case]:
-    small = {"heads": 4, "kv_heads": 2, "head_dim": 32, "dtype": "fp32"}
-    sizes = ((70, 40), (40, 25)) if quick else ((512, 360), (1024, 729), (2048, 1458))
-    return [Case(n, v, 1, **small) for n, v in sizes]
-
-
-class Problem:
-    """Inputs of one case on the device, and the target that all variants share."""
-
-    def __init__(self, case: Case, device: str, backend: str):
-        dtype = DTYPES[case.dtype]
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(heads: int) -> torch.Tensor:
-            shape = (case.batch, case.tokens, heads, case.head_dim)
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-        self.case, self.dtype = case, dtype
-        self.first = first = min(20, case.tokens - case.visual)
-        self.visual = torch.arange(first, first + case.visual, device=device)
-        self.eager: peers.EagerInputs | None = None
-        mask = torch.zeros(case.batch, case.tokens, dtype=torch.bool)
-        mask[:, first : first + case.visual] = True
-        self.layout = VisualLayout.from_mask(mask).to(device)
-        self.q, self.k, self.v = draw(case.heads), draw(case.kv_heads), draw(case.kv_heads)
-        self.d_out = draw(case.heads)
-        self.leaves = [x.requires_grad_() for x in (self.q, self.k, self.v)]
-        self.one = torch.ones((), device=device)
-        teacher = draw(case.heads), draw(case.kv_heads)
-        with torch.no_grad():
-            lse = flash_attention(*teacher, self.v, layout=self.layout, backend=backend)[1]
-            self.target = visual_attention_map(*teacher, lse, self.layout, backend=backend)
-            self.lse = flash_attention(*self.inputs(), layout=self.layout, backend=backend)[1]
-
-    def inputs(self) -> list[torch.Tensor]:
-        return [x.detach() for x in self.leaves]
-
-    def prepare_eager(self) -> None:
-        """The target as eager training has it; it may not fit."""
-        n, device = self.case.tokens, self.q.device
-        target = self.target.to_dense()[..., self.visual]
-        hidden = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
-        self.eager = peers.EagerInputs(target, self.visual, self.first, hidden)
-
-    @property
-    def pairs(self) -> int:
-        """Visible (row, key) pairs of one head, over the batch."""
-        return self.case.batch * self.case.tokens * (self.case.tokens + 1) // 2
-
-    @property
-    def entries(self) -> int:
-        """Visible (row, visual key) pairs of one head, over the batch."""
-        end = self.first + self.case.visual
-        return self.case.batch * sum(self.case.tokens - i for i in range(self.first, end))
 
 
 def attention_only(run: Callable[..., torch.Tensor]) -> Callable[..., tuple]:
@@ -251,18 +157,28 @@ def check_small(case: Case, device: str, backend: str) -> dict[str, str | None]:
         got, reason = attempt(lambda run=run: whole(problem, run))
         if reason is None:
             aligned = len(got) == 5
-            names = ("out", "loss", "dq", "dk", "dv") if aligned else ("out", "dq", "dk", "dv")
             want, low = (exact, eager) if aligned else (plain, eager_plain)
             # Others are not held to the budget of this project: a peer is not lost for a rounding.
-            slack = 2 if takes_loss(name) or name.startswith("plain") else 4
-            try:
-                for what, a, b, c in zip(names, got, low, want):
-                    factor = FORWARD if what in ("out", "loss") else GRADIENT
-                    assert_within_budget(what, a, b, c, problem.dtype, factor * slack / 2)
-            except AssertionError as error:
-                reason = f"wrong at {n} tokens: {error}"
+            slack = 1 if takes_loss(name) or name.startswith("plain") else 2
+            reason = over_budget(got, low, want, problem.dtype, slack)
+            reason = reason and f"wrong at {n} tokens: {reason}"
         found[name] = reason
     return found
+
+
+def over_budget(
+    got: tuple, eager: tuple, exact: tuple, dtype: torch.dtype, slack: int
+) -> str | None:
+    """Which result is over the error budget of the tests, if one is."""
+    loss = ("loss",) if len(got) == 5 else ()
+    names = ("out", *loss, "dq", "dk", "dv")
+    try:
+        for name, a, b, c in zip(names, got, eager, exact):
+            factor = GRADIENT if name.startswith("d") else FORWARD
+            assert_within_budget(name, a, b, c, dtype, factor * slack)
+    except AssertionError as error:
+        return str(error)
+    return None
 
 
 def check_full(problem: Problem, runs: dict[str, Callable[..., tuple]]) -> dict[str, str | None]:
@@ -381,13 +297,10 @@ def kernel_rows(problem: Problem, run: Run, clock: Clock, ceiling: dict) -> list
     return rows
 
 
-def measure(case: Case, device: str, clock: Clock, options: Any, ceiling: dict) -> dict[str, Any]:
-    """Everything about one case."""
-    usable = available_backends()
-    backend = next(b for b in OWN if usable.get(b, "unknown") is None)
-    checks = check_small(case, device, backend)
-    free()
-    problem = Problem(case, device, backend)
+def usable_runs(
+    problem: Problem, checks: dict[str, str | None]
+) -> tuple[dict[str, Callable[..., tuple]], dict[str, dict]]:
+    """The variants that passed both checks, and a row with the reason for each of the others."""
     _, no_eager = attempt(problem.prepare_eager)
     rows: dict[str, dict] = {}
     runs: dict[str, Callable[..., tuple]] = {}
@@ -404,6 +317,17 @@ def measure(case: Case, device: str, clock: Clock, options: Any, ceiling: dict) 
             rows[name] = {"absent": reason}
             del runs[name]
     free()
+    return runs, rows
+
+
+def measure(case: Case, device: str, clock: Clock, options: Any, ceiling: dict) -> dict[str, Any]:
+    """Everything about one case."""
+    usable = available_backends()
+    backend = next(b for b in OWN if usable.get(b, "unknown") is None)
+    checks = check_small(case, device, backend)
+    free()
+    problem = Problem(case, device, backend)
+    runs, rows = usable_runs(problem, checks)
     calls: dict[str, Run] = {n: (lambda r=r: whole(problem, r)) for n, r in runs.items()}
     timed = clock.interleaved(calls, options.rounds, options.case_seconds)
     forward = forward_only(problem, runs, backend)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from cdfast_kernels import flash_attention, flash_attention_with_alignment, visual_alignment_loss
 
-from benchmarks.bench_kernels import AGREEMENT, DTYPES, Case, Problem
+from benchmarks.cases import DTYPES, Case, Problem
 from benchmarks.measure import (
     RESULTS,
     Clock,
@@ -46,6 +46,8 @@ MOST_NUMBERS = 224
 KEY_TILES = ("dkdv", "align_dk")
 ACC_INIT = ("dq", "dkdv")
 ROUNDS = 12
+# Largest difference of a result from that of the present settings, in FLOORs of tests/numerics.py.
+AGREEMENT = 4.0
 
 
 @dataclass(frozen=True)

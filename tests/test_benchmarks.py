@@ -12,10 +12,10 @@ import pytest
 import torch
 from cdfast_kernels import available_backends
 
-from benchmarks import bench_kernels, gpu_session, measure, peers, tune_kernels
+from benchmarks import bench_kernels, cases, gpu_session, measure, peers, tune_kernels
 
 ROOT = Path(__file__).parents[1]
-CASE = bench_kernels.Case(40, 25, 1, 4, 2, 32, "fp32")
+CASE = cases.Case(40, 25, 1, 4, 2, 32, "fp32")
 
 
 def run(*arguments, **environment):
@@ -116,14 +116,14 @@ def test_the_extra_memory_is_a_share_of_eagers():
 
 
 def test_entries_and_pairs_are_those_of_the_layout():
-    problem = bench_kernels.Problem(CASE, "cpu", "reference")
+    problem = cases.Problem(CASE, "cpu", "reference")
     visible = problem.layout.dense_mask()
     assert problem.pairs == int(visible.sum())
     assert problem.entries == int(visible[:, :, problem.visual].sum())
 
 
 def test_eager_is_the_loss_of_the_reference():
-    problem = bench_kernels.Problem(CASE, "cpu", "reference")
+    problem = cases.Problem(CASE, "cpu", "reference")
     problem.prepare_eager()
     found = {
         name: bench_kernels.whole(problem, run)
@@ -135,13 +135,13 @@ def test_eager_is_the_loss_of_the_reference():
 
 
 def test_every_case_has_visual_tokens_that_fit():
-    for cases in (bench_kernels.gpu_cases, bench_kernels.cpu_cases):
+    for listed in (cases.gpu_cases, cases.cpu_cases):
         for quick in (True, False):
-            found = cases(quick)
+            found = listed(quick)
             assert len({case.name for case in found}) == len(found)
             assert all(1 < case.visual <= case.tokens - 1 for case in found)
             assert all(case.heads % case.kv_heads == 0 for case in found)
-    sizes = {case.tokens for case in bench_kernels.gpu_cases(False)}
+    sizes = {case.tokens for case in cases.gpu_cases(False)}
     assert sizes >= {1024, 2048, 4096, 8192, 16384}
 
 
