@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,14 +233,41 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]
 
 
-def compile_ahead(pool: Any, jobs: list[tuple], deadline: float) -> None:
-    """Fill the cache. What is not done in time, or fails, is met again where it is timed."""
-    waiting = [pool.submit(compile_one, *job) for job in jobs]
-    with suppress(Exception):
-        for _ in as_completed(waiting, timeout=max(deadline - time.monotonic(), 1)):
-            pass
-    for future in waiting:
-        future.cancel()
+class Compiler:
+    """Compiles candidates in other processes, several at a time; one that crashes does no harm."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.pool = self._new()
+
+    def _new(self) -> futures.ProcessPoolExecutor:
+        spawn = multiprocessing.get_context("spawn")
+        return futures.ProcessPoolExecutor(self.workers, mp_context=spawn)
+
+    def ahead(self, spec: Spec, kernel: str, tried: list[Any], deadline: float) -> list[str | None]:
+        """Fills Triton's cache. None for those that compiled, else why they are not to be run."""
+        waiting = [self.pool.submit(compile_one, spec, kernel, settings) for settings in tried]
+        with suppress(futures.TimeoutError):
+            for _ in futures.as_completed(waiting, timeout=max(deadline - time.monotonic(), 1)):
+                pass
+        reasons: list[str | None] = []
+        broken = False
+        for future in waiting:
+            if not future.done():
+                future.cancel()
+                reasons.append("not compiled in time")
+            elif future.exception() is not None:
+                broken = True
+                reasons.append(f"the compiler crashed on it or beside it: {future.exception()}")
+            else:
+                reasons.append(future.result())
+        if broken:
+            self.close()
+            self.pool = self._new()
+        return reasons
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def try_settings(
@@ -299,7 +326,13 @@ def best_of(rows: list[dict]) -> dict | None:
 
 
 def tune(
-    spec: Spec, names: list[str], options: Any, arch: int, pool: Any, deadline: float, save: Any
+    spec: Spec,
+    names: list[str],
+    options: Any,
+    arch: int,
+    compiler: Compiler | None,
+    deadline: float,
+    save: Any,
 ) -> None:
     """All kernels of one row of the table. `save(rows of a kernel)` is called after each."""
     from cdfast_kernels.launch import Settings
@@ -313,14 +346,17 @@ def tune(
             override.settings = None
             want = tuple(x.detach().clone() for x in load.run(kernel))
             tried = candidates(kernel, spec, arch)[: options.limit]
-            if pool is not None:
-                jobs = [(spec, kernel, settings) for settings in tried]
-                compile_ahead(pool, jobs, deadline)
+            reasons: list[str | None] = [None] * len(tried)
+            if compiler is not None:
+                reasons[1:] = compiler.ahead(spec, kernel, tried[1:], deadline)
             rows: list[dict] = []
-            for settings in tried:
-                if rows and time.monotonic() > deadline:
-                    break
-                rows.append(try_settings(load, override, kernel, settings, want))
+            for settings, reason in zip(tried, reasons):
+                if reason is None and not (rows and time.monotonic() > deadline):
+                    rows.append(try_settings(load, override, kernel, settings, want))
+                else:
+                    reason = reason or "not run in time"
+                    row = {"kernel": kernel, "settings": list(settings), "left_out": reason}
+                    rows.append(row)
             # The present settings are timed even where they spill.
             usable = [row for row in rows if row["left_out"] is None or row is rows[0]]
             time_rows(load, override, usable, options.rounds)
@@ -392,10 +428,7 @@ def main(argv: list[str] | None = None) -> None:
         "arch": arch,
         "rows": [],
     }
-    pool = None
-    if options.device.startswith("cuda"):
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(options.workers, mp_context=spawn)
+    compiler = Compiler(options.workers) if options.device.startswith("cuda") else None
     try:
         for spec in specs_of(options):
             if time.monotonic() > deadline:
@@ -415,15 +448,20 @@ def main(argv: list[str] | None = None) -> None:
                 first = rows[0].get("ms")
                 print(kernel, best["settings"], best.get("ms"), "ms; present:", first, flush=True)
 
-            tune(spec, options.kernel, options, arch, pool, deadline, save)
+            try:
+                tune(spec, options.kernel, options, arch, compiler, deadline, save)
+            except Exception as error:
+                # The present settings do not run: the next row may.
+                entry["failed"] = reason_of(error)
+                print(spec, "failed:", entry["failed"], flush=True)
             entry["table"] = table_row(arch, spec, entry["best"], KERNELS)
             write_json(path, report)
             print(entry["table"], flush=True)
             if options.device.startswith("cuda"):
                 torch.cuda.empty_cache()
     finally:
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+        if compiler is not None:
+            compiler.close()
     print(path)
 
 

@@ -192,6 +192,26 @@ def test_the_row_is_that_of_the_launch_table():
     assert all(row[KERNELS.index(k)] == settings_for(k, 90, 96, 2) for k in others)
 
 
+def crash_or_not(spec, kernel, settings):
+    if settings == "crashes":
+        os._exit(1)
+    return None if settings == "compiles" else "out of shared memory"
+
+
+def test_a_crash_of_the_compiler_costs_one_kernel(monkeypatch):
+    monkeypatch.setattr(tune_kernels, "compile_one", crash_or_not)
+    compiler = tune_kernels.Compiler(1)
+    deadline = time.monotonic() + 100
+    try:
+        found = compiler.ahead(None, "fwd", ["compiles", "too large"], deadline)
+        assert found == [None, "out of shared memory"]
+        [crashed] = compiler.ahead(None, "dq", ["crashes"], deadline)
+        assert crashed.startswith("the compiler crashed")
+        assert compiler.ahead(None, "dkdv", ["compiles"], deadline) == [None]
+    finally:
+        compiler.close()
+
+
 def test_tuning_in_the_interpreter(tmp_path):
     """The whole way of a candidate, two of them per kernel; the times mean nothing."""
     arguments = ["--device", "cpu", "--limit", 2, "--rounds", 3, "--head-size", 32]
