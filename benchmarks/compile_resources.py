@@ -23,29 +23,30 @@ from pathlib import Path
 
 import torch
 import triton
-from cdfast_kernels import alignment, attn_bwd, attn_fwd, map_fwd
+from cdfast_kernels import attn_bwd, attn_fwd, map_fwd
 from cdfast_kernels.launch import head_dim_pad, settings_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = {
     "fwd": (attn_fwd._attn_fwd_kernel, {}),
-    "map": (map_fwd._visual_map_fwd_kernel, {"STATS": False}),
-    "map+stats": (map_fwd._visual_map_fwd_kernel, {"STATS": True}),
+    "map": (map_fwd._visual_map_fwd_kernel, {"STATS": False, "IN_PANELS": True}),
+    "map+stats": (map_fwd._visual_map_fwd_kernel, {"STATS": True, "IN_PANELS": False}),
     "delta": (attn_bwd._attn_bwd_delta_kernel, {"HAS_DLSE": False, "ALIGN": False}),
     "delta+align": (attn_bwd._attn_bwd_delta_kernel, {"HAS_DLSE": False, "ALIGN": True}),
     "dq": (attn_bwd._attn_bwd_dq_kernel, {"ALIGN": False}),
     "dq+align": (attn_bwd._attn_bwd_dq_kernel, {"ALIGN": True}),
     "dkdv": (attn_bwd._attn_bwd_dkdv_kernel, {"ALIGN": False}),
     "dkdv+align": (attn_bwd._attn_bwd_dkdv_kernel, {"ALIGN": True}),
-    "align_dq": (alignment._alignment_bwd_dq_kernel, {}),
-    "align_dk": (alignment._alignment_bwd_dk_kernel, {}),
+    "align_dq": (attn_bwd._alignment_bwd_dq_kernel, {}),
+    "align_dk": (attn_bwd._attn_bwd_dkdv_kernel, {"ALIGN": True, "ATTENTION": False}),
 }
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Arguments that are not tensors of the input dtype: everything else that is written in capitals is.
-FLOATS = ("LSE", "DLSE", "DELTA", "ROW_SCALE", "DLOSS", "PARTS")
-TABLES = ("SAMPLES", "CODES", "BOUNDS", "TILES", "SLOT_TILES")
+FLOATS = ("LSE", "DLSE", "DELTA", "ROW_SCALE", "DLOSS", "PARTS", "DS_SCALE")
+TABLES = ("SAMPLES", "CODES", "BOUNDS", "SLOT_TILES")
+LONG_TABLES = ("TILES", "PANELS")
 MAPS = ("G", "TARGET")
 NUMBERS = ("scale", "softmax_scale", "inv_heads", "map_scale", "target_scale")
 
@@ -55,6 +56,8 @@ def argument_type(name: str, dtype: str, stats: bool) -> str:
         return "*fp32"
     if name in TABLES:
         return "*i32"
+    if name in LONG_TABLES:
+        return "*i64"
     if name == "MAP":
         return "*fp32" if stats or dtype == "fp32" else "*fp16"
     if name in MAPS:
@@ -79,6 +82,10 @@ def build(name: str, arch: int, dim: int, dtype: str, contiguous: bool = True):
         "EXACT": dtype == "fp32",
         "CONTIGUOUS": contiguous,
         "ACC_INIT": settings.acc_init,
+        "ATTENTION": True,
+        "RESCALE": dtype == "fp16",
+        "ADD": False,
+        "TARGET_IN_PANELS": True,
         # Triton makes a constant of an argument that is 1.
         "stride_ln": 1,
         "stride_en": 1,

@@ -39,11 +39,13 @@ class VisualLayout:
         visual: bool (samples, length), live visual tokens.
         segment: int64 (samples, length), 0 for the shared prefix and at padding.
         start: int64 (samples,), position of each sample's first token on its key axis.
-        slot_tiles: int32 (samples, slots), index of each stored key tile, -1 where unused.
+        slot_tiles: int32 (samples, slots), index of each key tile with a visual key, ascending; -1
+            where unused.
         image_samples: bool (samples,), True for samples with at least one live visual token.
         gather: int64 (samples, length), packed only: token of each place of the batch view.
         scatter: int64 (total,), packed only: flat place in the batch view of each token.
         schedule: the tables that compiled kernels read.
+        map_rows: rows of all panels together.
         num_image_samples: B_img, the number of True entries of `image_samples`.
         is_causal: True if plain causal attention over (B, N) is equivalent.
         is_prefix_causal: True if it is equivalent on live rows: one segment, padding at the end.
@@ -59,6 +61,7 @@ class VisualLayout:
     gather: Tensor | None
     scatter: Tensor | None
     schedule: Schedule
+    map_rows: int
     num_image_samples: int
     is_causal: bool
     is_prefix_causal: bool
@@ -184,6 +187,15 @@ class VisualLayout:
         return self.slot_tiles.shape[1]
 
     @property
+    def panels(self) -> Tensor:
+        """int64 (samples, slots, 3): the panel of each slot, (base, first, end).
+
+        A stored map keeps of each slot only the rows that can see its key tile: the positions
+        first <= p < end of the sample's axis, position p in row base + p of the map's data.
+        """
+        return self.schedule.panels
+
+    @property
     def visual_mask(self) -> Tensor:
         """bool, of `shape`: the live visual tokens."""
         return self.from_batch(self.visual)
@@ -228,6 +240,14 @@ class VisualLayout:
         used = (self.slot_tiles >= 0)[:, :, None] & (column >= 0) & (column < self.length)
         return column.masked_fill(~used, -1).flatten(1)
 
+    def unpack_map(self, data: Tensor) -> Tensor:
+        """(samples, length, slots * MAP_TILE) of a stored map, 0 where it stores nothing."""
+        return unpack_map(data, self.start, self.length, self.panels, self.map_rows)
+
+    def pack_map(self, columns: Tensor) -> Tensor:
+        """Inverse of `unpack_map`: (map_rows, MAP_TILE)."""
+        return pack_map(columns, self.start, self.panels, self.map_rows)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VisualLayout) and self._digest == other._digest
 
@@ -241,6 +261,31 @@ class VisualLayout:
             f"image_samples={self.num_image_samples}, map_columns={self.num_slots * MAP_TILE}, "
             f"device={self.device})"
         )
+
+
+def unpack_map(data: Tensor, start: Tensor, length: int, panels: Tensor, map_rows: int) -> Tensor:
+    """See VisualLayout.unpack_map; kernels have the tables of a layout only."""
+    row = _stored_rows(start, length, panels, map_rows)
+    if not map_rows:
+        return data.new_zeros(*row.shape[:2], row.shape[2] * MAP_TILE)
+    columns = data[row.clamp(max=map_rows - 1)]
+    return columns.masked_fill((row == map_rows)[..., None], 0).flatten(2)
+
+
+def pack_map(columns: Tensor, start: Tensor, panels: Tensor, map_rows: int) -> Tensor:
+    """See VisualLayout.pack_map."""
+    row = _stored_rows(start, columns.shape[1], panels, map_rows).flatten()
+    # The last row takes all that no panel stores.
+    data = columns.new_empty(map_rows + 1, MAP_TILE)
+    data[row] = columns.reshape(-1, MAP_TILE)
+    return data[:map_rows]
+
+
+def _stored_rows(start: Tensor, length: int, panels: Tensor, map_rows: int) -> Tensor:
+    """int64 (samples, length, slots): row of a stored map, map_rows where there is none."""
+    position = (start[:, None] + torch.arange(length, device=start.device))[:, :, None]
+    base, first, end = panels[:, None].unbind(-1)
+    return torch.where((position >= first) & (position < end), base + position, map_rows)
 
 
 def _build(
@@ -257,6 +302,8 @@ def _build(
     if start is None:
         start = torch.zeros(live.shape[0], dtype=torch.int64)
     slot_tiles = _slot_tiles(visual, start)
+    schedule = build_schedule(live, visual, segment, start, slot_tiles, scatter, MAP_TILE)
+    heights = schedule.panels[..., 2] - schedule.panels[..., 1]
     image_samples = visual.any(1)
     highest = segment.amax(1, keepdim=True) if segment.numel() else segment
     one_segment = bool(((segment == 0) | (segment == highest)).all())
@@ -275,7 +322,8 @@ def _build(
         image_samples=image_samples,
         gather=gather,
         scatter=scatter,
-        schedule=build_schedule(live, visual, segment, start, slot_tiles, scatter, MAP_TILE),
+        schedule=schedule,
+        map_rows=int(heights.sum()),
         num_image_samples=int(image_samples.sum()),
         is_causal=gather is None and one_segment and bool(live.all()),
         is_prefix_causal=gather is None and one_segment and padded_right,

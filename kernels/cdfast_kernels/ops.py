@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from cdfast_kernels.errors import bad_argument
-from cdfast_kernels.layout import VisualLayout
+from cdfast_kernels.layout import MAP_TILE, VisualLayout
 from cdfast_kernels.reference import (
     flash_attention_ref,
     flash_attention_with_alignment_ref,
     visual_alignment_loss_ref,
     visual_attention_map_ref,
 )
-from cdfast_kernels.visual_map import MAP_DTYPE, VisualMap
+from cdfast_kernels.visual_map import MAP_DTYPE, MapInputs, VisualMap
 
 OBJECTIVES = ("row", "map", "pooled", "mse", "kl")
 REDUCTIONS = ("mean", "sum", "none")
+STORAGES = ("auto", "map", "inputs")
 
 # Backends of every operation, and those that only compute attention, in the order of the docs.
 BACKENDS = ("triton", "cpu", "reference")
@@ -106,6 +107,7 @@ def visual_attention_map(
     layout: VisualLayout,
     *,
     softmax_scale: float | None = None,
+    storage: str = "auto",
     backend: str = "auto",
 ) -> VisualMap:
     """The head-averaged attention on visual keys, S[b, i, v] = (1/H) sum_h exp(s_h - lse_h).
@@ -116,6 +118,9 @@ def visual_attention_map(
         lse: (B, H, N), packed (H, total): the LSE over all visible keys, from `flash_attention`.
         layout: who sees whom, and which keys are visual.
         softmax_scale: the one given to `flash_attention`; d**-0.5 by default.
+        storage: "map" computes the map now; "inputs" keeps q, k and lse, from which every reader of
+            the map computes it; "auto" is "inputs" on the triton backend where the map would take
+            more than twice their memory.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -131,10 +136,14 @@ def visual_attention_map(
     _check_lse(lse, q)
     scale = _check_scale(softmax_scale, q)
     _check_layout(layout, q)
+    _check_option("storage", storage, STORAGES)
+    on_triton = _runs_on_triton(backend, q)
+    make = _triton().visual_attention_map_triton if on_triton else visual_attention_map_ref
+    if storage == "inputs" or (storage == "auto" and on_triton and _is_large(layout, q, k)):
+        inputs = MapInputs(q.detach(), k.detach(), lse.detach(), scale)
+        return VisualMap(None, layout, (inputs,), make)
     with torch.autocast(q.device.type, enabled=False):
-        if _runs_on_triton(backend, q):
-            return _triton().visual_attention_map_triton(q, k, lse, layout, scale)
-        return visual_attention_map_ref(q, k, lse, layout, scale)
+        return make(q, k, lse, layout, scale)
 
 
 def visual_alignment_loss(
@@ -296,6 +305,16 @@ def _runs_on_triton(backend: str, q: Tensor) -> bool:
         expected = "float16 or float32 for the triton backend in the Triton interpreter"
         raise bad_argument("q", expected, q, remedy)
     return True
+
+
+def _is_large(layout: VisualLayout, q: Tensor, k: Tensor) -> bool:
+    """Whether a map takes more than twice the memory of what it is made from.
+
+    Twice, because a map that is kept is made once, and one that is not at every read: in a window
+    of five layers and under activation recomputation ten times.
+    """
+    map_bytes = layout.map_rows * MAP_TILE * MAP_DTYPE[q.dtype].itemsize
+    return map_bytes > 2 * (q.numel() + k.numel()) * q.element_size()
 
 
 def _plain_causal(q: Tensor) -> VisualLayout:

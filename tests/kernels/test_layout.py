@@ -90,6 +90,32 @@ def test_stored_tiles_are_those_with_a_visual_key():
     assert packed.slot_tiles.tolist() == [[0, 1], [-1, -1], [1, -1]]
 
 
+@pytest.mark.parametrize("kind, seed", CASES)
+def test_panels_hold_the_rows_that_can_see_a_tile(kind, seed):
+    """By brute force over the visibility of every slot."""
+    layout = make_case(kind, seed, length=3 * MAP_TILE + 9).layout
+    entries = layout.visible() & layout.visual[:, None, :]
+    base = 0
+    for s in range(layout.num_samples):
+        shift = int(layout.start[s])
+        for tile, panel in zip(layout.slot_tiles[s].tolist(), layout.panels[s].tolist()):
+            if tile < 0:
+                assert panel == [0, 0, 0]
+                continue
+            keys = slice(max(tile * MAP_TILE - shift, 0), (tile + 1) * MAP_TILE - shift)
+            rows = entries[s, :, keys].any(1).nonzero() + shift
+            live = int(layout.live[s].nonzero().amin()) + shift
+            first, end = max(tile * MAP_TILE, live), int(rows.amax()) + 1
+            assert panel == [base - first, first, end]
+            assert int(rows.amin()) >= first
+            base += end - first
+    assert layout.map_rows == base
+    data = torch.randn(layout.map_rows, MAP_TILE)
+    columns = layout.unpack_map(data)
+    assert torch.equal(layout.pack_map(columns), data)
+    assert columns.count_nonzero() == data.count_nonzero()
+
+
 def test_immutable_and_independent_of_its_inputs():
     visual = torch.tensor([[True, True, False]])
     attention = torch.ones(1, 3, dtype=torch.bool)
