@@ -45,7 +45,7 @@ def candidates(kernel: str, spec: Spec, arch: int) -> list[Any]:
     if kernel == "map":
         keys = (present.BLOCK_N,)  # its key tile is the map tile
     elif kernel == "fwd" and not full:
-        rows, keys = (64, 128), (32, 64, 128)
+        rows = (64, 128)
     stages = (1, 2) if full or spec.head_dim > 128 else (2, 3, 4)
     found = [present]
     for m, n, warps, depth in itertools.product(rows, keys, (4, 8), stages):
@@ -86,3 +86,19 @@ def table_row(arch: int, spec: Spec, best: dict[str, list], names: tuple[str, ..
         note = f"  # {kernel}" + ("" if kernel in best else ", not measured")
         lines.append(f"        Settings({m}, {n}, {warps}, {stages}{last}),{note}")
     return "\n".join([*lines, "    ),"])
+
+
+def table_rows(arch: int, spec: Spec, best: dict[str, list]) -> list[dict[str, Any]]:
+    """The same as CDFAST_LAUNCH_TABLE reads it."""
+    from cdfast_kernels.launch import head_dim_pad
+
+    return [
+        {
+            "kernel": kernel,
+            "arch": arch,
+            "head_dim_pad": head_dim_pad(spec.head_dim),
+            "element_size": spec.element_size,
+            "settings": settings,
+        }
+        for kernel, settings in best.items()
+    ]

@@ -69,7 +69,7 @@ def steps(output: Path) -> list[Step]:
         Step("gpu_tests", tests("gpu_tests", "gpu and not full", 1, "-k", "not sanitizer"), 3.5),
         Step("bench_quick", benchmark("bench_kernels", 1.5, "--quick", "--theme", "quick"), 2.5),
         Step("sanitizer", tests("sanitizer", "gpu", 4, "-k", "sanitizer"), 2.5),
-        Step("tune", benchmark("tune_kernels", 3.5), 4),
+        Step("tune", benchmark("tune_kernels", 3.5, "--table", str(output / "table.json")), 4),
         Step("bench", benchmark("bench_kernels", 5.5), 6.5),
     ]
 

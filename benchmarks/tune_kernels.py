@@ -4,7 +4,8 @@ For each head size and dtype, and each kernel of the table, candidate tile shape
 are compiled (in several processes), checked against the results of the present settings, and timed
 in turn. Settings that do not compile, exceed the shared memory, spill or change the result are
 recorded with the reason and left out. The best rows are printed as they stand in launch.py, and
-everything is written as it goes: stop it at any time.
+everything is written as it goes: stop it at any time. --table FILE writes them for
+CDFAST_LAUNCH_TABLE=FILE, which puts them before the table.
 
     python -m benchmarks.tune_kernels --list --arch 90      the candidates; no GPU needed
 """
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from cdfast_kernels import flash_attention, flash_attention_with_alignment, visual_alignment_loss
 
-from benchmarks.candidates import SPECS, Spec, candidates, table_row, variations
+from benchmarks.candidates import SPECS, Spec, candidates, table_row, table_rows, variations
 from benchmarks.cases import DTYPES, Case, Problem
 from benchmarks.measure import (
     RESULTS,
@@ -325,6 +326,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="candidates per kernel")
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--table", type=Path, help="also a file for CDFAST_LAUNCH_TABLE")
     parser.add_argument("--list", action="store_true", help="print the candidates and stop")
     parser.add_argument("--arch", type=int, help="for --list")
     return parser.parse_args(argv)
@@ -357,6 +359,7 @@ def main(argv: list[str] | None = None) -> None:
         "arch": arch,
         "rows": [],
     }
+    measured: dict[tuple[Spec, str], list[dict[str, Any]]] = {}
     compiler = Compiler(options.workers) if options.device.startswith("cuda") else None
     try:
         for spec in specs_of(options):
@@ -370,10 +373,15 @@ def main(argv: list[str] | None = None) -> None:
             }
             report["rows"].append(entry)
 
-            def save(kernel: str, rows: list[dict], best: dict, entry: dict = entry) -> None:
+            def save(
+                kernel: str, rows: list[dict], best: dict, entry: dict = entry, spec: Spec = spec
+            ) -> None:
                 entry["kernels"][kernel] = rows
                 entry["best"][kernel] = best["settings"]
                 write_json(path, report)
+                measured[spec, kernel] = table_rows(arch, spec, {kernel: best["settings"]})
+                if options.table:
+                    write_json(options.table, list(itertools.chain(*measured.values())))
                 first = rows[0].get("ms")
                 print(kernel, best["settings"], best.get("ms"), "ms; present:", first, flush=True)
 
