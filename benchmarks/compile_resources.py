@@ -1,16 +1,24 @@
 """Registers, spills, shared memory and matrix instructions of every Triton kernel, without a GPU:
-python benchmarks/compile_resources.py [--write FILE]
+python benchmarks/compile_resources.py [--full] [--rows FILE.jsonl] [--write FILE.md]
 
 Compiles ahead of time for sm_80, sm_90 and sm_100 with the settings of launch.py, and reads the
 resource usage out of the binary. These are not measurements of speed.
+
+The full table takes about half an hour: with --rows every row is kept as it comes, and those of the
+same kernels, settings and Triton are not compiled again, so it can be made in parts (--minutes 9),
+by several processes (--arch, --head-size, with a file each: --rows takes several).
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -132,23 +140,78 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def key_of(row: dict) -> tuple:
+    return tuple(row[name] for name in ("kernel", "arch", "head_dim", "dtype", "tiles"))
+
+
+def fingerprint(name: str, arch: int, dim: int, dtype: str) -> str:
+    """Of what a row depends on: the source of the kernel and of all it calls, settings, Triton."""
+    element = torch.empty(0, dtype=DTYPES[dtype]).element_size()
+    settings = settings_for(name.partition("+")[0], arch, dim, element)
+    text = f"{triton.__version__} {KERNELS[name][0].cache_key} {tuple(settings)}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def known_rows(paths: list[Path]) -> dict[tuple, tuple[str, dict]]:
+    """Key -> fingerprint and row, of earlier runs. A line that was cut off does not count."""
+    found = {}
+    for path in paths:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                source = row.pop("source")
+                found[key_of(row)] = source, row
+    return found
+
+
+def wanted(options: argparse.Namespace) -> list[tuple[str, int, int, str, bool]]:
+    layouts = [not options.segments]
+    if options.full:
+        layouts = [True, False]
+    shapes = itertools.product(options.arch, layouts, options.dtype, options.dim, options.kernel)
+    return [(name, arch, dim, dtype, contiguous) for arch, contiguous, dtype, dim, name in shapes]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--dim", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--head-size", "--dim", dest="dim", type=int, nargs="+")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--segments", action="store_true", help="layouts with several segments")
+    parser.add_argument("--full", action="store_true", help="every head size, dtype and layout")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="the first is added to")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--write", type=Path, help="a .md file to write the table to")
-    options = parser.parse_args()
-    rows = []
-    for arch in options.arch:
-        for dtype in options.dtype:
-            for dim in options.dim:
-                for name in options.kernel:
-                    rows.append(resources(name, arch, dim, dtype, not options.segments))
-                    print(json.dumps(rows[-1]), flush=True)
-    if options.write:
+    options = parser.parse_args(argv)
+    options.dim = options.dim or ([32, 64, 80, 96, 128, 256] if options.full else [64, 128])
+    options.dtype = options.dtype or (list(DTYPES) if options.full else ["bf16"])
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    begin = time.monotonic()
+    known = known_rows(options.rows)
+    rows, missing = [], 0
+    for job in wanted(options):
+        name, arch, dim, dtype, contiguous = job
+        key = (name, arch, dim, dtype, "contiguous" if contiguous else "segments")
+        source = fingerprint(name, arch, dim, dtype)
+        if key not in known or known[key][0] != source:
+            if time.monotonic() - begin > 60 * options.minutes:
+                missing += 1
+                continue
+            known[key] = source, resources(*job)
+            if options.rows:
+                # The newline stands first: the last line of a run that was stopped may be cut off.
+                with options.rows[0].open("a") as file:
+                    file.write("\n" + json.dumps({**known[key][1], "source": source}))
+        rows.append(known[key][1])
+        print(json.dumps(rows[-1]), flush=True)
+    if missing:
+        print(f"{missing} rows not compiled yet: the same command goes on", file=sys.stderr)
+    if options.write and rows and not missing:
         title = f"# Compiled resources of the Triton kernels (Triton {triton.__version__})\n\n"
         note = (
             "Ahead of time, no GPU: registers per thread, bytes of stack and local memory per "

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cdfast_kernels import VisualLayout, flash_attention
 
+from tests.kernels import on_device
 from tests.kernels.conftest import USABLE_BACKENDS
 from tests.kernels.plain import KINDS, make_case, plain_attention, random_qkv
 
@@ -170,7 +171,7 @@ def test_packed_equals_its_sequences(backend, exact_dtype):
 def test_autocast_does_not_lower_the_precision(backend):
     q, k, v = (torch.randn(1, 9, 2, 32) for _ in range(3))
     expected = flash_attention(q, k, v, backend=backend)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(on_device.DEVICE, dtype=torch.bfloat16):
         assert torch.equal(flash_attention(q, k, v, backend=backend)[0], expected)
 
 
