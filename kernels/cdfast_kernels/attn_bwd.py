@@ -88,9 +88,161 @@ def _graded_tile(
 
 
 @triton.jit
+def _mean_dp_tile(
+    top,
+    total,
+    n_0,
+    q,
+    do,
+    shift,
+    k_base,
+    v_base,
+    stride_kn,
+    stride_vn,
+    CODES,
+    token_base,
+    begin,
+    end,
+    first_live,
+    end_live,
+    rows,
+    row_codes,
+    scale,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+):
+    """Adds sum P dP and sum P of the key tile that begins at n_0."""
+    at = tl.cast(n_0, tl.int64)
+    columns = n_0 + tl.arange(0, BLOCK_N)
+    column_live, column_codes = columns >= 0, columns
+    if MASKED:
+        column_live, column_codes = is_live(
+            CODES, token_base, columns, begin, end, first_live, end_live, CONTIGUOUS
+        )
+    k = load_tile(k_base + at * stride_kn, column_live, MASKED, HEAD_DIM, HEAD_DIM_PAD)
+    v = load_tile(v_base + at * stride_vn, column_live, MASKED, HEAD_DIM, HEAD_DIM_PAD)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        seen = visible(rows, row_codes, columns, column_codes, column_live, CONTIGUOUS)
+        s = tl.where(seen, s, float("-inf"))
+    p = exp_scores(s - shift[:, None], True)
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    return top + tl.sum(p * dp, 1), total + tl.sum(p, 1)
+
+
+@triton.jit
+def _mean_dp(
+    q,
+    do,
+    shift,
+    k_base,
+    v_base,
+    stride_kn,
+    stride_vn,
+    CODES,
+    BOUNDS,
+    token_base,
+    begin,
+    end,
+    first_live,
+    end_live,
+    end_prefix,
+    row_0,
+    rows,
+    row_codes,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+):
+    """D = sum P dP / sum P of each row, for float32.
+
+    rowsum(dO * out) is the same number with other rounding errors. dP - D cancels where one key has
+    nearly all the probability, and only what is summed from the dP themselves cancels with them;
+    dividing by sum P takes out the rounding of the LSE.
+    """
+    top = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    full_lo, full_hi, a_lo, n_a, b_lo, n_masked = key_tiles(
+        BOUNDS,
+        token_base,
+        row_0,
+        end,
+        first_live,
+        end_live,
+        end_prefix,
+        BLOCK_M,
+        BLOCK_N,
+        CONTIGUOUS,
+    )
+    if CONTIGUOUS:
+        for n_0 in tl.range(full_lo, full_hi, BLOCK_N):
+            top, total = _mean_dp_tile(
+                top,
+                total,
+                n_0,
+                q,
+                do,
+                shift,
+                k_base,
+                v_base,
+                stride_kn,
+                stride_vn,
+                CODES,
+                token_base,
+                begin,
+                end,
+                first_live,
+                end_live,
+                rows,
+                row_codes,
+                scale,
+                False,
+                HEAD_DIM,
+                HEAD_DIM_PAD,
+                BLOCK_N,
+                CONTIGUOUS,
+            )
+    for i in tl.range(0, n_masked):
+        top, total = _mean_dp_tile(
+            top,
+            total,
+            masked_tile(i, a_lo, n_a, b_lo, BLOCK_N),
+            q,
+            do,
+            shift,
+            k_base,
+            v_base,
+            stride_kn,
+            stride_vn,
+            CODES,
+            token_base,
+            begin,
+            end,
+            first_live,
+            end_live,
+            rows,
+            row_codes,
+            scale,
+            True,
+            HEAD_DIM,
+            HEAD_DIM_PAD,
+            BLOCK_N,
+            CONTIGUOUS,
+        )
+    return top / tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
 def _attn_bwd_delta_kernel(
     Q,
     K,
+    V,
     OUT,
     DOUT,
     LSE,
@@ -101,6 +253,7 @@ def _attn_bwd_delta_kernel(
     DLOSS,
     SAMPLES,
     CODES,
+    BOUNDS,
     TILES,
     SLOT_TILES,
     PANELS,
@@ -115,6 +268,9 @@ def _attn_bwd_delta_kernel(
     stride_kb,
     stride_kn,
     stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
     stride_ob,
     stride_on,
     stride_oh,
@@ -147,7 +303,7 @@ def _attn_bwd_delta_kernel(
         end,
         first_live,
         end_live,
-        _end_prefix,
+        end_prefix,
         row_0,
         rows,
         row_live,
@@ -155,18 +311,11 @@ def _attn_bwd_delta_kernel(
     ) = row_program(SAMPLES, CODES, tokens_per_sample, HEADS, BLOCK_M, CONTIGUOUS)
     if row_0 >= end:
         return
-    o_ptrs = tile_ptrs(
-        OUT, sample, head, row_0, stride_ob, stride_on, stride_oh, BLOCK_M, HEAD_DIM_PAD
-    )
     d_ptrs = tile_ptrs(
         DOUT, sample, head, row_0, stride_db, stride_dn, stride_dh, BLOCK_M, HEAD_DIM_PAD
     )
-    o = load_tile(o_ptrs, row_live, True, HEAD_DIM, HEAD_DIM_PAD)
     do = load_tile(d_ptrs, row_live, True, HEAD_DIM, HEAD_DIM_PAD)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= load_rows(DLSE, sample, head, rows, row_live, stride_eb, stride_en, stride_eh)
-    if ALIGN:
+    if ALIGN or EXACT:
         q_ptrs = tile_ptrs(
             Q, sample, head, row_0, stride_qb, stride_qn, stride_qh, BLOCK_M, HEAD_DIM_PAD
         )
@@ -176,6 +325,45 @@ def _attn_bwd_delta_kernel(
         k_base = tile_ptrs(
             K, sample, head // GROUP, 0, stride_kb, stride_kn, stride_kh, BLOCK_N, HEAD_DIM_PAD
         )
+    if EXACT:
+        v_base = tile_ptrs(
+            V, sample, head // GROUP, 0, stride_vb, stride_vn, stride_vh, BLOCK_N, HEAD_DIM_PAD
+        )
+        delta = _mean_dp(
+            q,
+            do,
+            shift,
+            k_base,
+            v_base,
+            stride_kn,
+            stride_vn,
+            CODES,
+            BOUNDS,
+            token_base,
+            begin,
+            end,
+            first_live,
+            end_live,
+            end_prefix,
+            row_0,
+            rows,
+            row_codes,
+            scale,
+            HEAD_DIM,
+            HEAD_DIM_PAD,
+            BLOCK_M,
+            BLOCK_N,
+            CONTIGUOUS,
+        )
+    else:
+        o_ptrs = tile_ptrs(
+            OUT, sample, head, row_0, stride_ob, stride_on, stride_oh, BLOCK_M, HEAD_DIM_PAD
+        )
+        o = load_tile(o_ptrs, row_live, True, HEAD_DIM, HEAD_DIM_PAD)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= load_rows(DLSE, sample, head, rows, row_live, stride_eb, stride_en, stride_eh)
+    if ALIGN:
         part = tl.zeros([BLOCK_M], tl.float32)
         last = tl.minimum(row_0 + BLOCK_M, end) - 1
         slots = slots_up_to(TILES, sample, n_tiles, last, begin)

@@ -8,6 +8,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# ln 2 in two parts: the first has 9 bits, so that its product with an exponent is exact.
+LN2_HIGH = tl.constexpr(0.693359375)
+LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
 
 # Smallest normal float32: below it a probability counts as zero.
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -19,9 +22,15 @@ SAMPLE_FIELDS = tl.constexpr(5)
 
 @triton.jit
 def exp_scores(x, EXACT: tl.constexpr):
-    """exp of natural scores if EXACT, else of scores in units of log 2 (one multiply less)."""
+    """exp of natural scores if EXACT, else of scores in units of log 2 (fewer operations).
+
+    EXACT takes x = n ln 2 + r with |r| <= ln(2) / 2, ln 2 in two parts of which n times the first
+    is exact: rounding x log2(e) would cost |x| half units in the last place.
+    """
     if EXACT:
-        return tl.exp2(x * LOG2E)
+        n = tl.floor(tl.minimum(tl.maximum(x, -100.0), 100.0) * LOG2E + 0.5)
+        r = (x - n * LN2_HIGH) - n * LN2_LOW
+        return tl.where(x < -87.0, 0.0, tl.exp2(r * LOG2E) * tl.exp2(n))
     else:
         return tl.exp2(x)
 
