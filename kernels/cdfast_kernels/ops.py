@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdfast_kernels import native
 from cdfast_kernels.errors import bad_argument
 from cdfast_kernels.layout import VisualLayout
 from cdfast_kernels.reference import (
@@ -35,6 +36,8 @@ ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 # What the Triton kernels are written for.
 TRITON_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What the CPU kernels are written for, with any head size.
+CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -51,6 +54,7 @@ def available_backends() -> dict[str, str | None]:
     }
     reasons["reference"] = None
     reasons["triton"] = _why_not_triton()
+    reasons["cpu"] = native.REASON
     return reasons
 
 
@@ -96,6 +100,8 @@ def flash_attention(
     with torch.autocast(q.device.type, enabled=False):
         if _runs_on_triton(backend, q):
             return _triton().flash_attention_triton(q, k, v, layout, scale)
+        if _runs_on_cpu(backend, q):
+            return _cpu().flash_attention_cpu(q, k, v, layout, scale)
         return flash_attention_ref(q, k, v, layout, scale)
 
 
@@ -134,6 +140,8 @@ def visual_attention_map(
     with torch.autocast(q.device.type, enabled=False):
         if _runs_on_triton(backend, q):
             return _triton().visual_attention_map_triton(q, k, lse, layout, scale)
+        if _runs_on_cpu(backend, q):
+            return _cpu().visual_attention_map_cpu(q, k, lse, layout, scale)
         return visual_attention_map_ref(q, k, lse, layout, scale)
 
 
@@ -192,6 +200,8 @@ def visual_alignment_loss(
         run = visual_alignment_loss_ref
         if _runs_on_triton(backend, q):
             run = _triton().visual_alignment_loss_triton
+        elif _runs_on_cpu(backend, q):
+            run = _cpu().visual_alignment_loss_cpu
         return run(q, k, lse, target, layout, scale, objective, reduction)
 
 
@@ -236,6 +246,8 @@ def flash_attention_with_alignment(
         run = flash_attention_with_alignment_ref
         if _runs_on_triton(backend, q):
             run = _triton().flash_attention_with_alignment_triton
+        elif _runs_on_cpu(backend, q):
+            run = _cpu().flash_attention_with_alignment_cpu
         return run(q, k, v, target, layout, scale, objective, reduction)
 
 
@@ -256,6 +268,13 @@ def _triton() -> ModuleType:
     from cdfast_kernels import triton_ops
 
     return triton_ops
+
+
+def _cpu() -> ModuleType:
+    """The CPU backend, imported at its first use only."""
+    from cdfast_kernels import cpu_ops
+
+    return cpu_ops
 
 
 def _interpreting() -> bool:
@@ -294,6 +313,25 @@ def _runs_on_triton(backend: str, q: Tensor) -> bool:
     if q.dtype == torch.bfloat16 and _interpreting():
         # Its matrix product multiplies the bits of bfloat16 as integers.
         expected = "float16 or float32 for the triton backend in the Triton interpreter"
+        raise bad_argument("q", expected, q, remedy)
+    return True
+
+
+def _runs_on_cpu(backend: str, q: Tensor) -> bool:
+    """Whether the CPU kernels take q; ValueError if they were asked for and do not."""
+    if backend == "auto":
+        if q.device.type != "cpu" or q.dtype not in CPU_DTYPES:
+            return False
+        if native.REASON is not None:
+            native.warn_once()
+        return native.REASON is None
+    if backend != "cpu":
+        return False
+    remedy = 'Use backend="auto" or "reference".'
+    if q.device.type != "cpu":
+        raise bad_argument("q", "a CPU tensor for the cpu backend", q, remedy)
+    if q.dtype not in CPU_DTYPES:
+        expected = "float16, bfloat16 or float32 for the cpu backend"
         raise bad_argument("q", expected, q, remedy)
     return True
 
