@@ -16,7 +16,7 @@ namespace cdfast {
 // Key tiles, row tiles and the slots of a stored map all have this width (MAP_TILE in layout.py).
 constexpr int kTile = 64;
 // Key tiles whose dk and dv one task makes: q and dO are read once for all of them.
-constexpr int kKeyTiles = 2;
+constexpr int kKeyTiles = 4;
 constexpr float kFp16Scale = 32768.0f;  // FP16_SCALE in visual_map.py
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };

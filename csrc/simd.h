@@ -25,8 +25,9 @@ static CDFAST_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVe
 static CDFAST_INLINE void store(int32_t* p, IntVec x) {
   *reinterpret_cast<UnalignedIntVec*>(p) = x;
 }
-static CDFAST_INLINE Vec splat(float x) { return Vec{} + x; }
-static CDFAST_INLINE IntVec splat(int32_t x) { return IntVec{} + x; }
+// x - 0 is x for every x, so that compilers leave the broadcast only; x + 0 is not.
+static CDFAST_INLINE Vec splat(float x) { return x - Vec{}; }
+static CDFAST_INLINE IntVec splat(int32_t x) { return x - IntVec{}; }
 
 static CDFAST_INLINE float sum(Vec x) {
   float lane[kWidth];
