@@ -18,19 +18,15 @@ try:
 except ImportError:  # built without isolation: the package works without the extension
     pybind11 = None
 
-# The kernels are compiled once per instruction set and chosen at run time.
+ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISA_FLAGS = {
-    "csrc/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/kernels_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        *("-mavx2", "-mfma", "-mf16c"),
-    ],
-}
-SOURCES = sorted(
-    str(path.relative_to(Path(__file__).resolve().parent).as_posix())
-    for path in Path(__file__).resolve().parent.glob("csrc/*.cpp")
-)
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+# The kernels are compiled once per instruction set and chosen at run time.
+ISA_FLAGS = {"csrc/kernels_avx2.cpp": AVX2, "csrc/kernels_avx512.cpp": AVX512}
+# Of the bindings nothing is hot, and they are most of the compile time.
+FLAGS = {"csrc/bindings.cpp": ["-O1"], **ISA_FLAGS}
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cpp"))
 
 
 class BuildExtension(build_ext):
@@ -57,13 +53,13 @@ class BuildExtension(build_ext):
             output_dir=self.build_temp,
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
-            extra_postargs=[*ext.extra_compile_args, *ISA_FLAGS.get(source, [])],
+            extra_postargs=[*ext.extra_compile_args, *FLAGS.get(source, [])],
             depends=ext.depends,
         )
 
 
 def extensions():
-    # CDFAST_NO_EXTENSION=1 leaves it out. Only GCC and Clang have the vector types it is written in.
+    # CDFAST_NO_EXTENSION=1 leaves it out. Its vector types exist in GCC and Clang only.
     if pybind11 is None or os.environ.get("CDFAST_NO_EXTENSION") == "1" or sys.platform == "win32":
         return []
     return [
@@ -71,7 +67,7 @@ def extensions():
             "cdfast_kernels._C",
             [source for source in SOURCES if X86 or source not in ISA_FLAGS],
             include_dirs=["csrc", pybind11.get_include()],
-            depends=[str(p) for p in Path("csrc").glob("*.h")],
+            depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.h")],
             define_macros=[("CDFAST_X86", "1")] if X86 else [],
             extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"],
             extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],

@@ -1,8 +1,9 @@
 """The CPU backend: operators for torch (eager, autograd, torch.compile) over csrc/.
 
 As in triton_ops.py, an operator takes the tables of a layout as a list of tensors and its backward
-is an operator of its own. Saved for backward are q, k, v, lse and G, float32 in the storage of maps.
-Inside, everything is float32 with double sums; maps of half-precision inputs are float16.
+is an operator of its own. Saved for backward are q, k, v, lse and G, which is float32 and stored
+like a map. Inside, everything is float32 with double sums; maps of half-precision inputs are
+float16.
 """
 
 from typing import Any, NamedTuple
@@ -55,8 +56,8 @@ def _view(x: Tensor) -> tuple[int, int, int, int, int]:
     """Address, strides of sample, token and head, dtype; the last dimension is contiguous."""
     assert x.device.type == "cpu", x.device
     assert x.stride(-1) == 1 or x.shape[-1] <= 1 or not x.numel(), x.stride()
-    strides = x.stride() if x.ndim == 4 else (0, *x.stride())
-    return x.data_ptr(), *strides[:3], DTYPES[x.dtype]
+    sample, token, head = x.stride()[:3] if x.ndim == 4 else (0, *x.stride()[:2])
+    return x.data_ptr(), sample, token, head, DTYPES[x.dtype]
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
