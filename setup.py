@@ -69,7 +69,7 @@ def extensions():
             include_dirs=["csrc", pybind11.get_include()],
             depends=[path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.h")],
             define_macros=[("CDFAST_X86", "1")] if X86 else [],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"],
             extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
             optional=True,
         )
