@@ -12,7 +12,7 @@ namespace cdfast {
 namespace {
 
 // Packed tiles of this many bytes exist at a time; larger batches are worked on in parts.
-constexpr int64_t kPackedBytes = 4 << 20;
+constexpr int64_t kPackedBytes = 8 << 20;
 
 enum class Pass { forward, map, backward };
 
