@@ -131,7 +131,8 @@ def timed(runs, rounds):
 
 def status(field):
     """Bytes of a field of this process's status, such as VmRSS (Linux)."""
-    line = next(x for x in Path("/proc/self/status").open() if x.startswith(field))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(x for x in lines if x.startswith(field))
     return int(line.split()[1]) * 1024
 
 
@@ -245,7 +246,7 @@ def output_bytes(case):
 
 
 def processor():
-    for line in Path("/proc/cpuinfo").open():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":")[1].strip()
     return platform.processor()
@@ -258,9 +259,9 @@ def markdown(report):
         f"`{report['command']}`: {report['device']}, {report['threads']} threads, instruction set "
         f"`{report['isa']}`, torch {report['torch']}, Python {report['python']}. {report['note']}",
         "",
-        "Forward + backward of one layer, B = 1, float32. `sdpa` is PyTorch's flash attention alone; "
-        "`eager` computes the same loss from materialised maps. Extra memory: the peak over what was "
-        "there before, less out and gradients.",
+        "Forward + backward of one layer, B = 1, float32. `sdpa` is PyTorch's flash attention "
+        "alone; `eager` computes the same loss from materialised maps. Extra memory: the peak over "
+        "what was there before, less out and gradients.",
         "",
         "| tokens, visual | heads, key heads, d | variant | ms | over sdpa | eager over it "
         "| out + gradients, MiB | extra, MiB | of eager's extra |",
