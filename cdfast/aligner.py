@@ -140,7 +140,8 @@ class VisualAttentionAligner:
         layers: "early", "intermediate", "later" or "all".
         objective: "row", "map", "pooled", "mse" or "kl".
         layer_reduction: "mean" or "sum" over matched layers.
-        backend: backend of `cdfast_kernels`.
+        backend: backend of `cdfast_kernels`; sdpa, flash_attn and xformers compute the attention of
+            aligned layers, and the loss beside it is computed by the backend "auto".
 
     Raises:
         ValueError: an unknown option; a model whose text attention is not causal or does not go
@@ -296,6 +297,11 @@ class VisualAttentionAligner:
             self._student_layers, self._teacher_layers, similarity.tolist()
         )
         return self.matches
+
+    @property
+    def student_layers(self) -> tuple[int, ...]:
+        """The aligned layers; all in range, as long as an adaptive matching has chosen none."""
+        return tuple(self._student_layers if self.matches is None else self.matches)
 
     def _matches(self) -> Matches:
         if self.matches is None:

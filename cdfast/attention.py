@@ -9,6 +9,8 @@ computes stock attention, so it generates and evaluates as before.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,8 @@ from cdfast_kernels import (
     VisualMap,
     flash_attention,
     flash_attention_with_alignment,
+    keep_alignment,
+    visual_alignment_loss,
     visual_attention_map,
 )
 from torch import Tensor, nn
@@ -32,6 +36,9 @@ from transformers.utils import is_flash_attn_2_available
 
 ATTENTION_NAME = "cdfast"
 
+# Backends of `cdfast_kernels` that compute attention alone: the loss is computed beside them.
+_ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
+
 # What a layer may ask of attention that the fused op does not compute: refused by name where a
 # layer is aligned, never ignored.
 _UNSUPPORTED_ARGUMENTS = ("softcap", "sliding_window", "position_bias", "s_aux")
@@ -44,7 +51,8 @@ class AlignmentContext:
     Args:
         layout: padding, visual columns and segments of the batch, on the model's device.
         objective: alignment objective of `cdfast_kernels` (student).
-        backend: backend of `cdfast_kernels` for aligned layers.
+        backend: backend of `cdfast_kernels` for aligned layers; with sdpa, flash_attn or xformers
+            the map or the loss is computed beside that attention, by the backend "auto".
         map_layers: layers whose visual attention map is collected into `maps` (teacher).
         targets: student layer -> teacher target; such a layer returns its loss into `losses`.
     """
@@ -111,9 +119,12 @@ def cdfast_attention_forward(
 
     _refuse_unsupported(module, layer, kwargs)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    options: dict[str, Any] = {"softmax_scale": scaling, "backend": alignment.backend}
+    beside = alignment.backend in _ATTENTION_BACKENDS
+    backend = "auto" if beside else alignment.backend
+    options: dict[str, Any] = {"softmax_scale": scaling, "backend": backend}
+    attention = {**options, "layout": layout, "backend": alignment.backend}
     if target is None:
-        out, lse = flash_attention(q, k, v, layout=layout, **options)
+        out, lse = flash_attention(q, k, v, **attention)
         alignment.maps[layer] = visual_attention_map(q, k, lse, layout, **options)
         return out, None
 
@@ -124,16 +135,12 @@ def cdfast_attention_forward(
             "activation checkpointing; expected gradient_checkpointing_kwargs="
             "{'use_reentrant': False}."
         )
-    out, loss = flash_attention_with_alignment(
-        q,
-        k,
-        v,
-        target,
-        layout,
-        objective=alignment.objective,
-        reduction="none",
-        **options,
-    )
+    options |= {"objective": alignment.objective, "reduction": "none"}
+    if beside:
+        out, lse = flash_attention(q, k, v, **attention)
+        loss = visual_alignment_loss(q, k, lse, target, layout, **options)
+    else:
+        out, loss = flash_attention_with_alignment(q, k, v, target, layout, **options)
     # Activation recomputation calls this again: the first loss is the one in the caller's graph.
     alignment.losses.setdefault(layer, loss)
     return out, None
@@ -173,6 +180,20 @@ def cdfast_attention_mask(
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
         *args, mask_function=mask_function, config=config, **kwargs
     )
+
+
+def keep_alignment_in_layers(model: PreTrainedModel, layers: Collection[int]) -> None:
+    """Let activation recomputation of these decoder layers keep what `keep_alignment` keeps.
+
+    Call it after gradient checkpointing has been turned on, which resets it. Layers that are not
+    checkpointed stay as they are.
+    """
+    for module in model.get_decoder().modules():
+        attends = {getattr(child, "layer_idx", None) for child in module.children()}
+        if getattr(module, "gradient_checkpointing", False) and attends & {*layers}:
+            recompute = module._gradient_checkpointing_func
+            keeping = functools.partial(recompute, context_fn=keep_alignment)
+            module._gradient_checkpointing_func = keeping
 
 
 AttentionInterface.register(ATTENTION_NAME, cdfast_attention_forward)

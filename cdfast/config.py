@@ -79,6 +79,11 @@ class StageRecipe:
     max_grad_norm: float = _option(1.0, "Gradient clipping.")
     lora: bool = _option(False, "Train LoRA adapters of the language model, merged at the end.")
     gradient_checkpointing: bool = _option(False, "Recompute activations (non-reentrant).")
+    keep_alignment: bool = _option(
+        False,
+        "With gradient checkpointing: keep attention and alignment of aligned layers instead of "
+        "repeating them (faster on long sequences, more memory).",
+    )
     lm_weight: float = _option(1.0, "Weight of the language-model loss.")
     kl_weight: float | None = _option(None, "Weight of the logit KL; default: 1 in dpt and dft.")
     alignment_weight: float | None = _option(

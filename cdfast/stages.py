@@ -240,6 +240,7 @@ def stage_arguments(run: Run, number: int) -> Any:
                 "unshifted_kl_mask",
             )
         },
+        "keep_alignment": stage.keep_alignment,
         f"{prefix}_checkpointing": stage.gradient_checkpointing,
         **recipe.arguments,
         **stage.arguments,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
-from cdfast.attention import use_cdfast_attention
+from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
 from cdfast.distill import LOSS_NAMES, StudentTask, add_student_step, kl_rows, teacher_step
 from cdfast.losses import answer_rows
 from cdfast.optim import muon_with_adamw
@@ -58,6 +58,13 @@ class DistillationConfig(TrainingArguments):
     backend: str = field(
         default="auto", metadata={"help": "Backend of cdfast_kernels for aligned layers."}
     )
+    keep_alignment: bool = field(
+        default=False,
+        metadata={
+            "help": "With gradient checkpointing: keep attention and alignment of aligned layers "
+            "instead of repeating them (faster on long sequences, more memory)."
+        },
+    )
     unshifted_kl_mask: bool = field(
         default=False,
         metadata={"help": "Parity with the authors' code: mask KL rows with unshifted labels."},
@@ -100,6 +107,18 @@ class LayoutCollator:
         batch = dict(self.collator(samples))
         batch["layout"] = build_layout(batch, self.token_id)
         return batch
+
+
+class KeepAlignment(TrainerCallback):
+    """Puts `keep_alignment` on aligned layers once Trainer has turned gradient checkpointing on."""
+
+    def __init__(self, aligner: VisualAttentionAligner):
+        self.aligner = aligner
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        keep_alignment_in_layers(unwrap_student(model), self.aligner.student_layers)
 
 
 class DistillationTrainer(Trainer):
@@ -170,6 +189,8 @@ class DistillationTrainer(Trainer):
         add_student_step(student)
         collator = LayoutCollator(data_collator, image_token_id(student))
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
+        if self.aligner is not None and args.keep_alignment:
+            self.add_callback(KeepAlignment(self.aligner))
         # compute_loss returns sums over global counts, so the parent must not divide again.
         self.model_accepts_loss_kwargs = True
         if self.teacher is not None:

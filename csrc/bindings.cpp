@@ -87,7 +87,7 @@ Axis axis_of(const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& ta
   axis.samples = address<const int32_t>(tables[0]);
   axis.codes = address<const int32_t>(tables[1]);
   axis.bounds = address<const int32_t>(tables[2]);
-  axis.tiles = address<const int32_t>(tables[3]);
+  axis.tiles = address<const int64_t>(tables[3]);
   axis.entries = address<const int32_t>(tables[4]);
   axis.counts = address<const int64_t>(tables[5]);
   axis.slot_tiles = address<const int32_t>(tables[6]);
@@ -187,7 +187,7 @@ py::object layout_tables(int64_t n_samples, int64_t length, int64_t n_tokens, ui
   if (!facts.segments_ordered) return py::none();
   auto slot_tiles = array<int32_t>({n_samples, facts.n_slots});
   auto panels = array<int64_t>({n_samples, facts.n_slots, 3});
-  auto tiles = array<int32_t>({n_samples, facts.n_tiles, 2});
+  auto tiles = array<int64_t>({n_samples, facts.n_tiles, 3});
   write_slots(facts, start.data(), n_samples, data(slot_tiles), data(panels), data(tiles));
   py::dict result;
   result["live"] = out_live;

@@ -214,7 +214,7 @@ LayoutFacts build_layout(const Tokens& tokens, const LayoutTables& tables) {
 }
 
 void write_slots(const LayoutFacts& facts, const int64_t* start, int64_t n_samples,
-                 int32_t* slot_tiles, int64_t* panels, int32_t* tiles) {
+                 int32_t* slot_tiles, int64_t* panels, int64_t* tiles) {
   std::fill_n(slot_tiles, n_samples * facts.n_slots, -1);
   std::fill_n(panels, n_samples * facts.n_slots * 3, 0);
   for (int64_t s = 0; s < n_samples; ++s) {
@@ -225,10 +225,12 @@ void write_slots(const LayoutFacts& facts, const int64_t* start, int64_t n_sampl
     for (int64_t i = 0; i < facts.n_tiles; ++i) {
       const int64_t tile = start[s] / kTile + i;
       const bool has_slot = slot < n && facts.slot_tiles[first + slot] == tile;
-      int32_t* entry = tiles + 2 * (s * facts.n_tiles + i);
-      entry[0] = has_slot ? static_cast<int32_t>(slot) : -1;
+      const int64_t* panel = facts.panels.data() + 3 * (first + slot);
+      int64_t* entry = tiles + 3 * (s * facts.n_tiles + i);
+      entry[0] = has_slot ? panel[0] : 0;
+      entry[1] = has_slot ? panel[2] : 0;
       slot += has_slot;
-      entry[1] = static_cast<int32_t>(slot);
+      entry[2] = slot;
     }
   }
 }

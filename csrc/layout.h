@@ -45,8 +45,8 @@ struct LayoutFacts {
 
 LayoutFacts build_layout(const Tokens& tokens, const LayoutTables& tables);
 
-// slot_tiles (n_samples, n_slots), panels (n_samples, n_slots, 3), tiles (n_samples, n_tiles, 2).
+// slot_tiles (n_samples, n_slots), panels (n_samples, n_slots, 3), tiles (n_samples, n_tiles, 3).
 void write_slots(const LayoutFacts& facts, const int64_t* start, int64_t n_samples,
-                 int32_t* slot_tiles, int64_t* panels, int32_t* tiles);
+                 int32_t* slot_tiles, int64_t* panels, int64_t* tiles);
 
 }  // namespace cdfast

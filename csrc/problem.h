@@ -40,7 +40,7 @@ struct Axis {
   const int32_t* samples = nullptr;     // (n_samples, 5)
   const int32_t* codes = nullptr;       // (n_tokens,)
   const int32_t* bounds = nullptr;      // (n_tokens, 2)
-  const int32_t* tiles = nullptr;       // (n_samples, n_tiles, 2)
+  const int64_t* tiles = nullptr;       // (n_samples, n_tiles, 3)
   const int32_t* entries = nullptr;     // (n_tokens,)
   const int64_t* counts = nullptr;      // (n_samples, 2)
   const int32_t* slot_tiles = nullptr;  // (n_samples, n_slots)
@@ -62,7 +62,9 @@ struct Axis {
     return n;
   }
   CDFAST_INLINE int slot_of(int64_t s, int tile) const {
-    return tiles[2 * (s * n_tiles + tile - first_tile(s))];
+    const int64_t* entry = tiles + 3 * (s * n_tiles + tile - first_tile(s));
+    // The end of the tile's panel, and the number of slots up to it.
+    return entry[1] > 0 ? static_cast<int>(entry[2]) - 1 : -1;
   }
   // The flat number of position 0 of the axis.
   CDFAST_INLINE int64_t token_base(int64_t s) const { return s * length; }

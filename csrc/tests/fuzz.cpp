@@ -42,8 +42,8 @@ struct Batch {
   std::vector<uint8_t> visual, live;
   std::vector<int64_t> segment, starts;
   std::vector<uint8_t> view_live, view_visual, image_samples;
-  std::vector<int64_t> view_segment, gather, scatter, start, counts, panels;
-  std::vector<int32_t> samples, codes, bounds, entries, slot_tiles, tiles;
+  std::vector<int64_t> view_segment, gather, scatter, start, counts, panels, tiles;
+  std::vector<int32_t> samples, codes, bounds, entries, slot_tiles;
   Axis axis;
 
   int64_t begin(int64_t s) const { return packed ? starts[s] : 0; }
@@ -118,7 +118,7 @@ void build(Batch* b) {
   require(facts.segments_ordered, "ordered segments were refused");
   b->slot_tiles.resize(b->n_samples * facts.n_slots);
   b->panels.resize(3 * b->n_samples * facts.n_slots);
-  b->tiles.resize(2 * b->n_samples * facts.n_tiles);
+  b->tiles.resize(3 * b->n_samples * facts.n_tiles);
   write_slots(facts, b->start.data(), b->n_samples, b->slot_tiles.data(), b->panels.data(),
               b->tiles.data());
   Axis& axis = b->axis;

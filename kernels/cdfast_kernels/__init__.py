@@ -12,6 +12,7 @@ from cdfast_kernels.ops import (
     visual_alignment_loss,
     visual_attention_map,
 )
+from cdfast_kernels.recompute import keep_alignment
 from cdfast_kernels.visual_map import VisualMap
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "available_backends",
     "flash_attention",
     "flash_attention_with_alignment",
+    "keep_alignment",
     "visual_alignment_loss",
     "visual_attention_map",
 ]

@@ -31,7 +31,7 @@ class Host(NamedTuple):
 def _axis_arguments(layout: VisualLayout) -> tuple[list[Tensor], int, int]:
     tables = layout.schedule
     tensors = [tables.samples, tables.codes, tables.bounds, tables.tiles, tables.entries]
-    tensors += [tables.counts, layout.slot_tiles, layout.panels]
+    tensors += [tables.counts, layout.slot_tiles, tables.panels]
     return tensors, 0 if layout.is_packed else layout.length, layout.map_rows
 
 

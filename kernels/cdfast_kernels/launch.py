@@ -6,15 +6,24 @@ matrix instructions present), not from measurements: no GPU has been available t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from cdfast_kernels.layout import VisualLayout
+from cdfast_kernels.errors import bad_argument
+from cdfast_kernels.layout import MAP_TILE, VisualLayout, pack_map, unpack_map
 
 LOG2E = 1.4426950408889634
+
+# Names a file of settings measured on this device, which come before those of the table below.
+TABLE_VARIABLE = "CDFAST_LAUNCH_TABLE"
 
 
 class Settings(NamedTuple):
@@ -28,14 +37,6 @@ class Settings(NamedTuple):
     # dot (fewer live registers).
     acc_init: bool = True
 
-    def kwargs(self) -> dict[str, int]:
-        return {
-            "BLOCK_M": self.BLOCK_M,
-            "BLOCK_N": self.BLOCK_N,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
 
 KERNELS = ("fwd", "map", "delta", "dq", "dkdv", "align_dq", "align_dk")
 
@@ -43,6 +44,24 @@ KERNELS = ("fwd", "map", "delta", "dq", "dkdv", "align_dq", "align_dk")
 # order of KERNELS. Key tiles divide the map tile of 64. fp32 has no matrix instructions here
 # (input_precision="ieee"), so its tiles are small.
 _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
+    (100, 64, 2): (
+        Settings(128, 64, 4, 3),
+        Settings(128, 64, 8, 3),
+        Settings(128, 64, 4, 2),
+        Settings(128, 64, 8, 2),
+        Settings(64, 64, 8, 2),
+        Settings(128, 64, 8, 2),
+        Settings(64, 64, 8, 2),
+    ),
+    (100, 128, 2): (
+        Settings(128, 64, 8, 3),
+        Settings(128, 64, 8, 3),
+        Settings(128, 64, 8, 2),
+        Settings(128, 32, 8, 2),
+        Settings(64, 64, 8, 1),
+        Settings(128, 64, 8, 2),
+        Settings(64, 64, 8, 2),
+    ),
     (90, 64, 2): (
         Settings(128, 64, 4, 3),
         Settings(128, 64, 8, 3),
@@ -66,9 +85,9 @@ _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
         Settings(64, 64, 4, 2),
         Settings(64, 64, 4, 2),
         Settings(64, 32, 4, 2, False),
-        Settings(32, 64, 4, 2, False),
+        Settings(32, 64, 4, 2),
         Settings(64, 64, 4, 2),
-        Settings(64, 64, 4, 2),
+        Settings(64, 64, 8, 2),
     ),
     (80, 128, 2): (
         Settings(64, 64, 4, 2),
@@ -91,6 +110,8 @@ _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
     (80, 128, 4): (Settings(32, 32, 4, 1, False),) * 7,
     (80, 256, 4): (Settings(16, 32, 4, 1, False),) * 7,
 }
+# Without matrix products.
+_ROWS = Settings(32, 64, 4, 1)
 # The interpreter's time is per operation, not per element.
 _INTERPRETER = (Settings(64, 64, 4, 1),) * 7
 
@@ -103,12 +124,38 @@ def architecture(x: Tensor) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def _measured(path: str) -> dict[tuple[int, int, int, str], Settings]:
+    """The settings of a file that a sweep has written, {} without one."""
+    if not path:
+        return {}
+    try:
+        rows = json.loads(Path(path).read_text())
+        table = {}
+        for row in rows:
+            settings = Settings(*row["settings"])
+            if row["kernel"] not in KERNELS or MAP_TILE % settings.BLOCK_N:
+                raise ValueError(f"an unknown kernel, or key tiles that do not divide 64: {row}")
+            key = row["arch"], row["head_dim_pad"], row["element_size"], row["kernel"]
+            table[key] = settings
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = "a table of launch settings, as python -m benchmarks.tune_kernels --table writes"
+        remedy = f"Write it again on this device, or unset {TABLE_VARIABLE}."
+        raise bad_argument(TABLE_VARIABLE, expected, f"{path}: {error!r}", remedy) from error
+    return table
+
+
 def settings_for(kernel: str, arch: int, dim: int, element_size: int) -> Settings:
     """The row of the table for an architecture: the newest one not above it that has an entry."""
+    if kernel == "rows":
+        return _ROWS
     index = KERNELS.index(kernel)
     if arch == 0:
         return _INTERPRETER[index]
     pad = head_dim_pad(dim)
+    measured = _measured(os.environ.get(TABLE_VARIABLE, "")).get((arch, pad, element_size, kernel))
+    if measured is not None:
+        return measured
     fits = [
         (-known, largest, size)
         for known, largest, size in _LAUNCH
@@ -119,32 +166,70 @@ def settings_for(kernel: str, arch: int, dim: int, element_size: int) -> Setting
     return _LAUNCH[-known, largest, size][index]
 
 
-def launch(kernel: str, q: Tensor) -> Settings:
-    return settings_for(kernel, architecture(q), q.shape[-1], q.element_size())
+Grid = Callable[[Settings], tuple[int, int]]
+
+
+def launch(name: str, kernel: Any, grid: Grid, arguments: dict[str, Any]) -> None:
+    """Run a kernel with the settings of its row of the table.
+
+    `arguments` may hold more than the kernel takes: kernels of one operation share most of them.
+    """
+    q = arguments["Q"]
+    settings = settings_for(name, architecture(q), q.shape[-1], q.element_size())
+    programs = grid(settings)
+    if 0 in programs:
+        return
+    tiles = {"BLOCK_M": settings.BLOCK_M, "BLOCK_N": settings.BLOCK_N}
+    pool = {**arguments, **tiles, "ACC_INIT": settings.acc_init}
+    options = {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+    kernel[programs](**{argument: pool[argument] for argument in kernel.arg_names}, **options)
+
+
+def batch_arguments(axis: Axis, q: Tensor, k: Tensor, scale: float) -> dict[str, Any]:
+    """What every kernel of an operation on q and k takes."""
+    heads, dim = q.shape[-2:]
+    # float32 keeps natural units: folding log2(e) into the scale costs one rounding of the scores.
+    exact = q.dtype == torch.float32
+    return {
+        "Q": q,
+        "K": k,
+        **strides(q=q, k=k),
+        "SAMPLES": axis.samples,
+        "CODES": axis.codes,
+        "BOUNDS": axis.bounds,
+        "TILES": axis.tiles,
+        "SLOT_TILES": axis.slot_tiles,
+        "PANELS": axis.panels,
+        "n_slots": axis.n_slots,
+        "n_tiles": axis.tiles.shape[1],
+        "tokens_per_sample": axis.tokens_per_sample,
+        "scale": scale if exact else scale * LOG2E,
+        "softmax_scale": scale,
+        "inv_heads": 1 / heads,
+        "HEADS": heads,
+        "GROUP": heads // k.shape[-2],
+        "HEAD_DIM": dim,
+        "HEAD_DIM_PAD": head_dim_pad(dim),
+        "EXACT": exact,
+        "CONTIGUOUS": axis.contiguous,
+    }
 
 
 def head_dim_pad(dim: int) -> int:
     return triton.next_power_of_2(dim)
 
 
-def score_scale(scale: float, q: Tensor) -> tuple[float, bool]:
-    """Scale of the scores in the unit of the kernels, and whether that unit is natural.
-
-    float32 keeps natural units: folding log2(e) into the scale costs one rounding of the scores.
-    """
-    exact = q.dtype == torch.float32
-    return (scale if exact else scale * LOG2E), exact
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, token, head) strides; the batch stride of a packed tensor is 0."""
-    if x.ndim == 3:
-        return 0, x.stride(0), x.stride(1)
-    return x.stride(0), x.stride(1), x.stride(2)
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """stride_xb, stride_xn, stride_xh of each x=tensor: of batch (0 if packed), token and head."""
+    found = {}
+    for name, x in tensors.items():
+        found[f"stride_{name}b"] = 0 if x.ndim == 3 else x.stride(0)
+        found[f"stride_{name}n"], found[f"stride_{name}h"] = x.stride(-3), x.stride(-2)
+    return found
 
 
 class Axis(NamedTuple):
-    """A batch as kernels see it: the tables of a schedule and three host numbers."""
+    """A batch as kernels see it: the tables of a schedule and four host numbers."""
 
     samples: Tensor
     codes: Tensor
@@ -153,9 +238,11 @@ class Axis(NamedTuple):
     entries: Tensor
     counts: Tensor
     slot_tiles: Tensor
+    panels: Tensor
     length: int
     packed: bool
     contiguous: bool
+    map_rows: int
 
     @classmethod
     def of(cls, layout: VisualLayout) -> Axis:
@@ -168,10 +255,22 @@ class Axis(NamedTuple):
             table.entries,
             table.counts,
             layout.slot_tiles,
+            table.panels,
             layout.length,
             layout.is_packed,
             table.contiguous,
+            layout.map_rows,
         )
+
+    @classmethod
+    def join(cls, tables: list[Tensor], host: list[int]) -> Axis:
+        """From what `split` gives."""
+        length, packed, contiguous, map_rows = host
+        return cls._make((*tables, length, bool(packed), bool(contiguous), map_rows))
+
+    def split(self) -> tuple[list[Tensor], list[int]]:
+        """The tables, and the host numbers: what an operator of torch can take."""
+        return list(self[:-4]), [int(x) for x in self[-4:]]
 
     @property
     def n_samples(self) -> int:
@@ -196,21 +295,32 @@ class Axis(NamedTuple):
             shape = (self.n_samples, q.shape[-2], self.length)
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
-    def lse_strides(self, lse: Tensor) -> tuple[int, int, int]:
-        """(batch, token, head) strides."""
-        if self.packed:
-            return 0, lse.stride(1), lse.stride(0)
-        return lse.stride(0), lse.stride(2), lse.stride(1)
+    def lse_strides(self, **tensors: Tensor) -> dict[str, int]:
+        """As `strides`, of tensors stored like the LSE."""
+        found = {}
+        for name, x in tensors.items():
+            found[f"stride_{name}b"] = 0 if self.packed else x.stride(0)
+            found[f"stride_{name}n"], found[f"stride_{name}h"] = x.stride(-1), x.stride(-2)
+        return found
 
-    def row_grid(self, heads: int, block: int) -> tuple[int, int]:
-        return self.n_samples * heads, triton.cdiv(self.length, block)
+    def row_grid(self, heads: int) -> Grid:
+        return lambda tile: (self.n_samples * heads, triton.cdiv(self.length, tile.BLOCK_M))
 
-    def key_grid(self, heads: int, block: int) -> tuple[int, int]:
+    def key_grid(self, heads: int) -> Grid:
         # Key tiles lie on the axis: a packed sequence can begin inside one.
-        return self.n_samples * heads, triton.cdiv(self.length, block) + int(self.packed)
+        extra = int(self.packed)
+        return lambda tile: (self.n_samples * heads, triton.cdiv(self.length, tile.BLOCK_N) + extra)
 
-    def map_grid(self, block: int) -> tuple[int, int]:
-        return self.n_samples * self.n_slots, triton.cdiv(self.length, block)
+    def map_grid(self, rows: int) -> Grid:
+        return lambda tile: (self.n_samples * self.n_slots, triton.cdiv(rows, tile.BLOCK_M))
+
+    def sample_grid(self, rows: int) -> Grid:
+        return lambda tile: (self.n_samples, triton.cdiv(rows, tile.BLOCK_M))
+
+    def empty_chunk(self, n_rows: int) -> Tensor:
+        """(samples, slots, n_rows, 64), float32: see map_fwd.py."""
+        shape = (self.n_samples, self.n_slots, n_rows, 64)
+        return torch.empty(shape, dtype=torch.float32, device=self.codes.device)
 
     def rows(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """(tokens, ...) as (samples, length, ...), `fill` where a packed sample is shorter."""
@@ -228,18 +338,13 @@ class Axis(NamedTuple):
         token = torch.arange(self.n_tokens, device=x.device)
         return x[sample, token - self.samples[:, 0].long()[sample]]
 
-    def sum_rows(self, x: Tensor) -> Tensor:
-        """Sum over the tokens of each sample, in a fixed order."""
-        return self.rows(x).sum(1)
+    def unpack_map(self, data: Tensor) -> Tensor:
+        """(samples, length, slots * 64) of a stored map, 0 where it stores nothing."""
+        return unpack_map(data, self.samples[:, 0], self.length, self.panels, self.map_rows)
 
-    def max_rows(self, x: Tensor) -> Tensor:
-        return self.rows(x).amax(1)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(samples,) to the tokens of each sample."""
-        if not self.packed:
-            return x[:, None].expand(-1, self.length).flatten()
-        return x[self._sample_of_token()]
+    def pack_map(self, columns: Tensor) -> Tensor:
+        """Inverse of `unpack_map`: (map rows, 64)."""
+        return pack_map(columns, self.samples[:, 0], self.panels, self.map_rows)
 
     def visual_columns(self) -> Tensor:
         """bool (samples, slots * 64): stored columns that are visual tokens of the sample."""

@@ -59,9 +59,6 @@ class VisualLayout:
         start: int64 (samples,), position of each sample's first token on its key axis.
         slot_tiles: int32 (samples, slots), index of each key tile with a visual key, ascending; -1
             where unused.
-        panels: int64 (samples, slots, 3), the panel of each slot: (base, first, end). A stored map
-            keeps, of each slot, only the rows that can see its key tile: positions first <= p < end
-            of the sample's axis, at row base + p of the map's data.
         image_samples: bool (samples,), True for samples with at least one live visual token.
         gather: int64 (samples, length), packed only: token of each place of the batch view.
         scatter: int64 (total,), packed only: flat place in the batch view of each token.
@@ -78,7 +75,6 @@ class VisualLayout:
     segment: Tensor
     start: Tensor
     slot_tiles: Tensor
-    panels: Tensor
     image_samples: Tensor
     gather: Tensor | None
     scatter: Tensor | None
@@ -190,6 +186,15 @@ class VisualLayout:
         return self.slot_tiles.shape[1]
 
     @property
+    def panels(self) -> Tensor:
+        """int64 (samples, slots, 3): the panel of each slot, (base, first, end).
+
+        A stored map keeps of each slot only the rows that can see its key tile: the positions
+        first <= p < end of the sample's axis, position p in row base + p of the map's data.
+        """
+        return self.schedule.panels
+
+    @property
     def visual_mask(self) -> Tensor:
         """bool, of `shape`: the live visual tokens."""
         return self.from_batch(self.visual)
@@ -236,25 +241,11 @@ class VisualLayout:
 
     def unpack_map(self, data: Tensor) -> Tensor:
         """(samples, length, slots * MAP_TILE) of a stored map, 0 where it stores nothing."""
-        row = self._stored_rows()
-        if not self.map_rows:
-            return data.new_zeros(*row.shape[:2], 0)
-        columns = data[row.clamp(max=self.map_rows - 1)]
-        return columns.masked_fill((row == self.map_rows)[..., None], 0).flatten(2)
+        return unpack_map(data, self.start, self.length, self.panels, self.map_rows)
 
     def pack_map(self, columns: Tensor) -> Tensor:
         """Inverse of `unpack_map`: (map_rows, MAP_TILE)."""
-        data = columns.new_empty(self.map_rows + 1, MAP_TILE)
-        data[self._stored_rows().flatten()] = columns.reshape(-1, MAP_TILE)
-        return data[: self.map_rows]
-
-    def _stored_rows(self) -> Tensor:
-        """int64 (samples, length, slots): row of a stored map, map_rows where there is none."""
-        place = torch.arange(self.length, device=self.device)
-        position = (self.start[:, None] + place)[:, :, None]
-        base, first, end = self.panels[:, None].unbind(-1)
-        stored = (position >= first) & (position < end)
-        return torch.where(stored, base + position, self.map_rows)
+        return pack_map(columns, self.start, self.panels, self.map_rows)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, VisualLayout):
@@ -272,6 +263,31 @@ class VisualLayout:
             f"image_samples={self.num_image_samples}, map_columns={self.num_slots * MAP_TILE}, "
             f"device={self.device})"
         )
+
+
+def unpack_map(data: Tensor, start: Tensor, length: int, panels: Tensor, map_rows: int) -> Tensor:
+    """See VisualLayout.unpack_map; kernels have the tables of a layout only."""
+    row = _stored_rows(start, length, panels, map_rows)
+    if not map_rows:
+        return data.new_zeros(*row.shape[:2], row.shape[2] * MAP_TILE)
+    columns = data[row.clamp(max=map_rows - 1)]
+    return columns.masked_fill((row == map_rows)[..., None], 0).flatten(2)
+
+
+def pack_map(columns: Tensor, start: Tensor, panels: Tensor, map_rows: int) -> Tensor:
+    """See VisualLayout.pack_map."""
+    row = _stored_rows(start, columns.shape[1], panels, map_rows).flatten()
+    # The last row takes all that no panel stores.
+    data = columns.new_empty(map_rows + 1, MAP_TILE)
+    data[row] = columns.reshape(-1, MAP_TILE)
+    return data[:map_rows]
+
+
+def _stored_rows(start: Tensor, length: int, panels: Tensor, map_rows: int) -> Tensor:
+    """int64 (samples, length, slots): row of a stored map, map_rows where there is none."""
+    position = (start[:, None] + torch.arange(length, device=start.device))[:, :, None]
+    base, first, end = panels[:, None].unbind(-1)
+    return torch.where((position >= first) & (position < end), base + position, map_rows)
 
 
 def _build(
@@ -343,7 +359,7 @@ def _python_tables(
         segment = torch.zeros(live.shape, dtype=torch.int64)
     slot_tiles = _slot_tiles(visual, start)
     schedule = build_schedule(live, visual, segment, start, slot_tiles, scatter, MAP_TILE)
-    panels = _panels(visual, start, slot_tiles, schedule, gather)
+    heights = schedule.panels[..., 2] - schedule.panels[..., 1]
     image_samples = visual.any(1)
     highest = segment.amax(1, keepdim=True) if segment.numel() else segment
     one_segment = bool(((segment == 0) | (segment == highest)).all())
@@ -354,11 +370,10 @@ def _python_tables(
         "segment": segment,
         "start": start,
         "slot_tiles": slot_tiles,
-        "panels": panels,
         "image_samples": image_samples,
         "gather": gather,
         "scatter": scatter,
-        "map_rows": int((panels[..., 2] - panels[..., 1]).sum()),
+        "map_rows": int(heights.sum()),
         "num_image_samples": int(image_samples.sum()),
         "is_causal": gather is None and one_segment and bool(live.all()),
         "is_prefix_causal": gather is None and one_segment and padded_right,
@@ -379,30 +394,6 @@ def _slot_tiles(visual: Tensor, start: Tensor) -> Tensor:
     slots = torch.full((n_samples, int(count.max()) if n_samples else 0), -1, dtype=torch.int32)
     slots[owner, rank] = (used % n_tiles).to(torch.int32)
     return slots
-
-
-def _panels(
-    visual: Tensor, start: Tensor, slot_tiles: Tensor, schedule: Schedule, gather: Tensor | None
-) -> Tensor:
-    """Which rows of each slot a map stores, and where: int64 (samples, slots, 3)."""
-    if not slot_tiles.numel():
-        return torch.zeros(*slot_tiles.shape, 3, dtype=torch.int64)
-    # One past the last row that sees each visual key: all rows see the prefix.
-    first_live, end_live = schedule.samples[:, 2:4].long().unsqueeze(2).unbind(1)
-    token = torch.arange(visual.numel()).view(visual.shape) if gather is None else gather
-    end = torch.where(schedule.codes[token] < 2, end_live, schedule.bounds[token, 1])
-    end = torch.where(visual, end, 0)
-    # The largest over the keys of each slot; a packed tile may begin before its sample.
-    place = slot_tiles[:, :, None] * MAP_TILE + torch.arange(MAP_TILE) - start[:, None, None]
-    inside = (place >= 0) & (place < visual.shape[1])
-    index = place.clamp(0, visual.shape[1] - 1).flatten(1)
-    end = end.gather(1, index).view(place.shape).masked_fill(~inside, 0).amax(2)
-    used = slot_tiles >= 0
-    first = torch.where(used, torch.maximum(slot_tiles.long() * MAP_TILE, first_live), 0)
-    end = torch.where(used, end, 0)
-    height = (end - first).flatten()
-    base = (height.cumsum(0) - height).view(first.shape) - first
-    return torch.stack((torch.where(used, base, 0), first, end), 2)
 
 
 def _check_mask(name: str, mask: Tensor, ndim: int) -> None:

@@ -2,24 +2,31 @@
 
 One program makes one (row tile, map slot) of S = (1/H) sum_h exp(s_h - lse_h), with the heads
 looped inside it: S is written once, without atomics, and no map of a single head exists.
+
+A map to keep is written as panels (VisualMap.data). A map that lives inside one operation is made
+for a few rows of each sample at a time, as a *chunk*: (samples, slots, rows, 64), float32.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cdfast_kernels.launch import Axis, head_dim_pad, launch, score_scale, strides
+from cdfast_kernels.launch import Axis, batch_arguments, launch
 from cdfast_kernels.tl_common import (
-    LOG2E,
     MAP_SCALE,
+    MAP_TILE,
     TINY,
     entry_mask,
     exp_scores,
+    load_rows,
     load_sample,
     load_tile,
-    map_ptrs,
-    tile_offsets,
+    panel_ptrs,
+    score_shift,
+    tile_ptrs,
 )
 from cdfast_kernels.visual_map import MAP_DTYPE
 
@@ -27,27 +34,105 @@ from cdfast_kernels.visual_map import MAP_DTYPE
 # scaled so that squares of small probabilities do not underflow; and the sums of s (not below the
 # smallest normal number) and t.
 STATISTICS = ("max_s", "max_t", "dot", "ss", "tt", "s1", "t1")
+N_STATISTICS = tl.constexpr(len(STATISTICS))
+
+
+class Rows(NamedTuple):
+    """The rows first, ..., first + size - 1 of every sample, counted from its beginning."""
+
+    first: int
+    size: int
+
+    def arguments(self) -> dict[str, int]:
+        return {"first_row": self.first, "n_rows": self.size}
+
+
+class Target(NamedTuple):
+    """A target map: its panels, or the q, k and lse of each map of a window; and their scales."""
+
+    tensors: list[Tensor]
+    scales: list[float]
+
+    @property
+    def in_panels(self) -> bool:
+        return len(self.tensors) == 1
+
+    def rows(self, axis: Axis, rows: Rows) -> Tensor:
+        """The panels, or the mean of the window as a chunk."""
+        if self.in_panels:
+            return self.tensors[0]
+        mean = axis.empty_chunk(rows.size)
+        for i, scale in enumerate(self.scales):
+            q, k, lse = self.tensors[3 * i : 3 * i + 3]
+            out = {"MAP": mean, "map_scale": 1 / len(self.scales), "ADD": i > 0}
+            _launch_map(q, k, lse, axis, scale, rows, out)
+        return mean
 
 
 @triton.jit
-def map_tile(
-    SAMPLES, CODES, SLOT_TILES, n_slots, tokens_per_sample, BLOCK_M: tl.constexpr, CONTIGUOUS
+def map_program(
+    SAMPLES,
+    CODES,
+    SLOT_TILES,
+    PANELS,
+    n_slots,
+    tokens_per_sample,
+    first_row,
+    n_rows,
+    BLOCK_M: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
 ):
-    """Where the program is: sample, slot, rows and first key of its tile, entries, live rows, rows
-    inside the sample, and the sample's first flat token."""
+    """What a program of `Axis.map_grid` works on.
+
+    Returns sample, slot, rows, first key, entries, live rows; base of the slot's panel and the rows
+    that it holds; base of the slot's chunk and the rows that it holds; and the place of the first
+    row in arrays (samples, n_rows).
+    """
     sample, slot = tl.program_id(0) // n_slots, tl.program_id(0) % n_slots
     begin, end, first_live, end_live, _ = load_sample(SAMPLES, sample)
-    rows = begin + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile = tl.load(SLOT_TILES + sample.to(tl.int64) * n_slots + slot)
+    sample, slot = sample.to(tl.int64), slot.to(tl.int64)
+    row_0 = tl.program_id(1) * BLOCK_M
+    rows = begin + first_row + row_0 + tl.arange(0, BLOCK_M)
+    in_chunk = row_0 + tl.arange(0, BLOCK_M) < n_rows
+    at = sample * n_slots + slot
+    tile = tl.load(SLOT_TILES + at)
     # A slot that the sample does not use lies behind all of its rows.
-    n_0 = tl.where(tile >= 0, tile * 64, end)
-    columns = n_0 + tl.arange(0, 64)
-    sample = sample.to(tl.int64)
-    token_base = sample * tokens_per_sample
+    n_0 = tl.where(tile >= 0, tile * MAP_TILE, end)
+    columns = n_0 + tl.arange(0, MAP_TILE)
     entries, row_live = entry_mask(
-        CODES, token_base, rows, columns, begin, end, first_live, end_live, CONTIGUOUS
+        CODES,
+        sample * tokens_per_sample,
+        rows,
+        columns,
+        begin,
+        end,
+        first_live,
+        end_live,
+        CONTIGUOUS,
     )
-    return sample, slot, rows, n_0, entries, row_live, rows < end, token_base
+    panel, panel_first, panel_end = (
+        tl.load(PANELS + at * 3),
+        tl.load(PANELS + at * 3 + 1),
+        tl.load(PANELS + at * 3 + 2),
+    )
+    in_panel = in_chunk & (rows >= panel_first) & (rows < panel_end)
+    # Rows past the chunk belong to the next one.
+    entries = entries & in_chunk[:, None]
+    chunk = at * n_rows - begin - first_row
+    place = sample * n_rows + row_0
+    return (
+        sample,
+        slot,
+        rows,
+        n_0,
+        entries,
+        row_live & in_chunk,
+        panel,
+        in_panel,
+        chunk,
+        in_chunk,
+        place,
+    )
 
 
 @triton.jit
@@ -61,13 +146,15 @@ def _visual_map_fwd_kernel(
     SAMPLES,
     CODES,
     SLOT_TILES,
+    PANELS,
     scale,
     inv_heads,
     map_scale,
     target_scale,
     n_slots,
-    n_tokens,
     tokens_per_sample,
+    first_row,
+    n_rows,
     stride_qb,
     stride_qn,
     stride_qh,
@@ -84,104 +171,123 @@ def _visual_map_fwd_kernel(
     BLOCK_M: tl.constexpr,
     EXACT: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    IN_PANELS: tl.constexpr,
+    ADD: tl.constexpr,
     STATS: tl.constexpr,
+    TARGET_IN_PANELS: tl.constexpr,
 ):
-    sample, slot, rows, n_0, entries, row_live, in_sample, token_base = map_tile(
-        SAMPLES, CODES, SLOT_TILES, n_slots, tokens_per_sample, BLOCK_M, CONTIGUOUS
+    """One (row tile, slot) of a map, as panels or as a chunk, and its statistics against TARGET."""
+    (
+        sample,
+        slot,
+        rows,
+        n_0,
+        entries,
+        row_live,
+        panel,
+        in_panel,
+        chunk,
+        in_chunk,
+        place,
+    ) = map_program(
+        SAMPLES,
+        CODES,
+        SLOT_TILES,
+        PANELS,
+        n_slots,
+        tokens_per_sample,
+        first_row,
+        n_rows,
+        BLOCK_M,
+        CONTIGUOUS,
     )
-    acc = tl.zeros([BLOCK_M, 64], tl.float32)
+    acc = tl.zeros([BLOCK_M, MAP_TILE], tl.float32)
     if tl.max(tl.max(entries.to(tl.int32), 1), 0) > 0:
         column_live = tl.max(entries.to(tl.int32), 0) > 0
-        row_at = tl.min(rows, 0).to(tl.int64)
-        q_base = Q + sample * stride_qb + row_at * stride_qn
-        q_base += tile_offsets(stride_qn, BLOCK_M, HEAD_DIM_PAD)
-        k_base = K + sample * stride_kb + n_0.to(tl.int64) * stride_kn
-        k_base += tile_offsets(stride_kn, 64, HEAD_DIM_PAD)
-        l_base = LSE + sample * stride_lb + rows.to(tl.int64) * stride_ln
+        row_0 = tl.min(rows, 0)
+        q_base = tile_ptrs(Q, sample, 0, row_0, stride_qb, stride_qn, 0, BLOCK_M, HEAD_DIM_PAD)
+        k_base = tile_ptrs(K, sample, 0, n_0, stride_kb, stride_kn, 0, MAP_TILE, HEAD_DIM_PAD)
         for h in tl.range(0, HEADS):
             head = tl.cast(h, tl.int64)
             q_ptrs, k_ptrs = q_base + head * stride_qh, k_base + head // GROUP * stride_kh
             q = load_tile(q_ptrs, row_live, True, HEAD_DIM, HEAD_DIM_PAD)
             k = load_tile(k_ptrs, column_live, True, HEAD_DIM, HEAD_DIM_PAD)
-            lse = tl.load(l_base + head * stride_lh, mask=row_live, other=0.0)
+            lse = load_rows(LSE, sample, head, rows, row_live, stride_lb, stride_ln, stride_lh)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            shift = lse if EXACT else lse * LOG2E
             s = tl.where(entries, s, float("-inf"))
-            acc += exp_scores(s - shift[:, None], EXACT)
+            acc += exp_scores(s - score_shift(lse, EXACT)[:, None], EXACT)
         # Where lse = -inf at a live row, exp(-inf + inf) of a hidden key is no number.
         acc = tl.where(entries, acc * inv_heads, 0.0)
-    at = map_ptrs(MAP, token_base, rows, n_slots * 64, slot, 0, 64)
-    tl.store(at, (acc * map_scale).to(MAP.dtype.element_ty), mask=in_sample[:, None])
+    if IN_PANELS:
+        at, held = panel_ptrs(MAP, panel, rows, 0, MAP_TILE), in_panel
+    else:
+        at, held = panel_ptrs(MAP, chunk, rows, 0, MAP_TILE), in_chunk
+    stored = acc * map_scale
+    if ADD:
+        stored += tl.load(at, mask=held[:, None], other=0.0)
+    tl.store(at, stored.to(MAP.dtype.element_ty), mask=held[:, None])
     if STATS:
-        t_at = map_ptrs(TARGET, token_base, rows, n_slots * 64, slot, 0, 64)
-        t = tl.load(t_at, mask=entries, other=0.0).to(tl.float32) * target_scale
+        t_base = panel if TARGET_IN_PANELS else chunk
+        t_ptrs = panel_ptrs(TARGET, t_base, rows, 0, MAP_TILE)
+        # Whole rows are read: a mask of entries would split the loads. What is no entry holds 0.
+        t = tl.load(t_ptrs, mask=in_panel[:, None], other=0.0).to(tl.float32) * target_scale
         max_s, max_t = tl.max(acc, 1), tl.max(t, 1)
         s_unit = acc / tl.where(max_s < TINY, 1.0, max_s)[:, None]
         t_unit = t / tl.where(max_t < TINY, 1.0, max_t)[:, None]
-        part = PARTS + slot.to(tl.int64) * 7 * n_tokens + token_base + rows
-        tl.store(part, max_s, mask=in_sample)
-        tl.store(part + n_tokens, max_t, mask=in_sample)
-        tl.store(part + 2 * n_tokens, tl.sum(s_unit * t_unit, 1), mask=in_sample)
-        tl.store(part + 3 * n_tokens, tl.sum(s_unit * s_unit, 1), mask=in_sample)
-        tl.store(part + 4 * n_tokens, tl.sum(t_unit * t_unit, 1), mask=in_sample)
+        # (slots, statistics, samples, rows)
+        step = (tl.num_programs(0) // n_slots).to(tl.int64) * n_rows
+        part = PARTS + slot * N_STATISTICS * step + place + tl.arange(0, BLOCK_M)
+        tl.store(part, max_s, mask=in_chunk)
+        tl.store(part + step, max_t, mask=in_chunk)
+        tl.store(part + 2 * step, tl.sum(s_unit * t_unit, 1), mask=in_chunk)
+        tl.store(part + 3 * step, tl.sum(s_unit * s_unit, 1), mask=in_chunk)
+        tl.store(part + 4 * step, tl.sum(t_unit * t_unit, 1), mask=in_chunk)
         # `kl` floors its entries.
         floored = tl.where(entries, tl.where(acc < TINY, TINY, acc), 0.0)
-        tl.store(part + 5 * n_tokens, tl.sum(floored, 1), mask=in_sample)
-        tl.store(part + 6 * n_tokens, tl.sum(t, 1), mask=in_sample)
+        tl.store(part + 5 * step, tl.sum(floored, 1), mask=in_chunk)
+        tl.store(part + 6 * step, tl.sum(t, 1), mask=in_chunk)
 
 
-def visual_map_fwd(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    axis: Axis,
-    scale: float,
-    dtype: torch.dtype | None = None,
-    target: Tensor | None = None,
+def visual_map_fwd(q: Tensor, k: Tensor, lse: Tensor, axis: Axis, scale: float) -> Tensor:
+    """S as a stored map: (map rows, 64)."""
+    dtype = MAP_DTYPE[q.dtype]
+    data = torch.empty(axis.map_rows, MAP_TILE.value, dtype=dtype, device=q.device)
+    unit = MAP_SCALE.value if dtype == torch.float16 else 1.0
+    out = {"MAP": data, "map_scale": unit, "IN_PANELS": True}
+    _launch_map(q, k, lse, axis, scale, Rows(0, axis.length), out)
+    return data
+
+
+def student_map_fwd(
+    q: Tensor, k: Tensor, lse: Tensor, axis: Axis, scale: float, rows: Rows, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """S as a stored map (tokens, slots * 64) of `dtype`, and the statistics against a target map.
+    """S as a chunk, and its statistics against a target (slots, len(STATISTICS), samples, rows).
 
-    The statistics are (slots, len(STATISTICS), tokens), float32; empty without a target.
+    The target is a chunk, or panels (2-D).
     """
-    heads, dim = q.shape[-2:]
-    dtype = MAP_DTYPE[q.dtype] if dtype is None else dtype
-    data = torch.empty(axis.n_tokens, axis.n_slots * 64, dtype=dtype, device=q.device)
-    n_parts = axis.n_slots if target is not None else 0
-    parts = torch.empty(n_parts, len(STATISTICS), axis.n_tokens, device=q.device)
-    if 0 in (axis.n_tokens, axis.n_slots):
-        return data, parts
-    settings = launch("map", q)
-    launch_scale, exact = score_scale(scale, q)
-    half = MAP_SCALE.value
-    _visual_map_fwd_kernel[axis.map_grid(settings.BLOCK_M)](
-        q,
-        k,
-        lse,
-        data,
-        data if target is None else target,
-        parts,
-        axis.samples,
-        axis.codes,
-        axis.slot_tiles,
-        launch_scale,
-        1 / heads,
-        half if dtype == torch.float16 else 1.0,
-        1 / half if target is not None and target.dtype == torch.float16 else 1.0,
-        axis.n_slots,
-        axis.n_tokens,
-        axis.tokens_per_sample,
-        *strides(q),
-        *strides(k),
-        *axis.lse_strides(lse),
-        HEADS=heads,
-        GROUP=heads // k.shape[-2],
-        HEAD_DIM=dim,
-        HEAD_DIM_PAD=head_dim_pad(dim),
-        BLOCK_M=settings.BLOCK_M,
-        EXACT=exact,
-        CONTIGUOUS=axis.contiguous,
-        STATS=target is not None,
-        num_warps=settings.num_warps,
-        num_stages=settings.num_stages,
-    )
-    return data, parts
+    student = axis.empty_chunk(rows.size)
+    shape = (axis.n_slots, len(STATISTICS), axis.n_samples, rows.size)
+    parts = torch.empty(shape, device=q.device)
+    out = {"MAP": student, "PARTS": parts, "STATS": True, **target_arguments(target)}
+    _launch_map(q, k, lse, axis, scale, rows, out)
+    return student, parts
+
+
+def target_arguments(target: Tensor) -> dict[str, Any]:
+    unit = 1 / MAP_SCALE.value if target.dtype == torch.float16 else 1.0
+    return {"TARGET": target, "target_scale": unit, "TARGET_IN_PANELS": target.ndim == 2}
+
+
+def _launch_map(
+    q: Tensor, k: Tensor, lse: Tensor, axis: Axis, scale: float, rows: Rows, out: dict[str, Any]
+) -> None:
+    arguments = {
+        **{"LSE": lse, **axis.lse_strides(l=lse), "map_scale": 1.0},
+        **{"IN_PANELS": False, "ADD": False, "STATS": False},
+        # Not read without statistics.
+        **{"PARTS": lse, "TARGET": lse, "target_scale": 1.0, "TARGET_IN_PANELS": False},
+        **batch_arguments(axis, q, k, scale),
+        **rows.arguments(),
+        **out,
+    }
+    launch("map", _visual_map_fwd_kernel, axis.map_grid(rows.size), arguments)

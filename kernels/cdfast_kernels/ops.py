@@ -17,17 +17,18 @@ from torch import Tensor
 
 from cdfast_kernels import native
 from cdfast_kernels.errors import bad_argument
-from cdfast_kernels.layout import VisualLayout
+from cdfast_kernels.layout import MAP_TILE, VisualLayout
 from cdfast_kernels.reference import (
     flash_attention_ref,
     flash_attention_with_alignment_ref,
     visual_alignment_loss_ref,
     visual_attention_map_ref,
 )
-from cdfast_kernels.visual_map import MAP_DTYPE, VisualMap
+from cdfast_kernels.visual_map import MAP_DTYPE, MapInputs, VisualMap
 
 OBJECTIVES = ("row", "map", "pooled", "mse", "kl")
 REDUCTIONS = ("mean", "sum", "none")
+STORAGES = ("auto", "map", "inputs")
 
 # Backends of every operation, and those that only compute attention, in the order of the docs.
 BACKENDS = ("triton", "cpu", "reference")
@@ -55,6 +56,7 @@ def available_backends() -> dict[str, str | None]:
     reasons["reference"] = None
     reasons["triton"] = _why_not_triton()
     reasons["cpu"] = native.REASON
+    reasons |= {name: _libraries().why_not(name) for name in ATTENTION_BACKENDS}
     return reasons
 
 
@@ -73,12 +75,15 @@ def flash_attention(
     s_h = softmax_scale q_h k^T,  lse_h[i] = log sum_j exp(s_h[i, j]),  j over the visible keys.
 
     Args:
-        q: (B, N, H, d), packed (total, H, d). float16, bfloat16, float32; float64 on "reference".
+        q: (B, N, H, d), packed (total, H, d). float16, bfloat16, float32; float64 on "reference",
+            and on "sdpa" on the CPU.
         k, v: (B, N, Hk, d), packed (total, Hk, d), dtype of q. Hk divides H; query head h reads
             head h // (H / Hk).
         softmax_scale: positive; d**-0.5 by default.
         layout: who sees whom; None is plain causal attention over (B, N).
-        backend: "auto", "triton", "cpu", "reference", "sdpa", "flash_attn" or "xformers".
+        backend: "auto", "triton", "cpu", "reference", "sdpa", "flash_attn" or "xformers". The last
+            three are the attention of these libraries (kernels/README.md, "Beside another
+            attention"), whose backward is given the gradient of the LSE through its `out`.
 
     Returns:
         out: shape and dtype of q, 0 in rows at padding.
@@ -102,6 +107,9 @@ def flash_attention(
             return _triton().flash_attention_triton(q, k, v, layout, scale)
         if _runs_on_cpu(backend, q):
             return _cpu().flash_attention_cpu(q, k, v, layout, scale)
+        if backend in ATTENTION_BACKENDS:
+            _libraries().check_library(q, layout, backend)
+            return _libraries().flash_attention_library(q, k, v, layout, scale, backend)
         return flash_attention_ref(q, k, v, layout, scale)
 
 
@@ -113,6 +121,7 @@ def visual_attention_map(
     *,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    storage: str = "auto",
 ) -> VisualMap:
     """The head-averaged attention on visual keys, S[b, i, v] = (1/H) sum_h exp(s_h - lse_h).
 
@@ -123,6 +132,9 @@ def visual_attention_map(
         layout: who sees whom, and which keys are visual.
         softmax_scale: the one given to `flash_attention`; d**-0.5 by default.
         backend: "auto", "triton", "cpu" or "reference".
+        storage: "map" computes the map now; "inputs" keeps q, k and lse, from which every reader of
+            the map computes it; "auto" is "inputs" on the triton backend where the map would take
+            more than twice their memory.
 
     Returns:
         A VisualMap without gradient: scaled float16 for float16 and bfloat16 q, else q's dtype.
@@ -137,12 +149,18 @@ def visual_attention_map(
     _check_lse(lse, q)
     scale = _check_scale(softmax_scale, q)
     _check_layout(layout, q)
+    _check_option("storage", storage, STORAGES)
+    on_triton = _runs_on_triton(backend, q)
+    make = visual_attention_map_ref
+    if on_triton:
+        make = _triton().visual_attention_map_triton
+    elif _runs_on_cpu(backend, q):
+        make = _cpu().visual_attention_map_cpu
+    if storage == "inputs" or (storage == "auto" and on_triton and _is_large(layout, q, k)):
+        inputs = MapInputs(q.detach(), k.detach(), lse.detach(), scale)
+        return VisualMap(None, layout, (inputs,), make)
     with torch.autocast(q.device.type, enabled=False):
-        if _runs_on_triton(backend, q):
-            return _triton().visual_attention_map_triton(q, k, lse, layout, scale)
-        if _runs_on_cpu(backend, q):
-            return _cpu().visual_attention_map_cpu(q, k, lse, layout, scale)
-        return visual_attention_map_ref(q, k, lse, layout, scale)
+        return make(q, k, lse, layout, scale)
 
 
 def visual_alignment_loss(
@@ -277,6 +295,13 @@ def _cpu() -> ModuleType:
     return cpu_ops
 
 
+def _libraries() -> ModuleType:
+    """The attention of other libraries, imported at its first use only."""
+    from cdfast_kernels import lse_attention
+
+    return lse_attention
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -334,6 +359,16 @@ def _runs_on_cpu(backend: str, q: Tensor) -> bool:
         expected = "float16, bfloat16 or float32 for the cpu backend"
         raise bad_argument("q", expected, q, remedy)
     return True
+
+
+def _is_large(layout: VisualLayout, q: Tensor, k: Tensor) -> bool:
+    """Whether a map takes more than twice the memory of what it is made from.
+
+    Twice, because a map that is kept is made once, and one that is not at every read: in a window
+    of five layers and under activation recomputation ten times.
+    """
+    map_bytes = layout.map_rows * MAP_TILE * MAP_DTYPE[q.dtype].itemsize
+    return map_bytes > 2 * (q.numel() + k.numel()) * q.element_size()
 
 
 def _plain_causal(q: Tensor) -> VisualLayout:

@@ -26,8 +26,11 @@ class Schedule:
         codes: (tokens,) 2 * rank of the segment + visual, rank 0 for the prefix; DEAD at padding.
         bounds: (tokens, 2) the first position of the token's segment and one past its last;
             padding repeats the token before it.
-        tiles: (S, tiles, 2) per key tile, from the one that holds the sample's first position: its
-            slot or -1, and the number of slots up to and including it.
+        panels: int64 (S, slots, 3) what a stored map keeps of each slot: (base, first, end); see
+            VisualLayout.panels.
+        tiles: int64 (S, tiles, 3) per key tile, from the one of the sample's first position: base
+            and end of its panel (0, 0 without a visual key), and the number of slots up to and
+            including it.
         entries: (tokens,) visible visual keys of each row, 0 at padding.
         counts: int64 (S, 2) rows that see a visual key, and visible visual entries.
         contiguous: every sample is one segment on one run of live tokens.
@@ -36,6 +39,7 @@ class Schedule:
     samples: Tensor
     codes: Tensor
     bounds: Tensor
+    panels: Tensor
     tiles: Tensor
     entries: Tensor
     counts: Tensor
@@ -73,11 +77,15 @@ def build_schedule(
         return (x if scatter is None else x[scatter]).to(torch.int32).contiguous()
 
     bounds = _segment_bounds(live, rank, place, first_live, end_live) + start[:, None, None]
+    # One past the last row that sees a key: every row sees the prefix.
+    seen_until = torch.where(rank == 0, (end_live + start)[:, None], bounds[:, :, 1])
+    panels = _panels(visual, seen_until, start, first_live + start, slot_tiles, map_tile)
     return Schedule(
         samples=(torch.stack(columns, 1) + start[:, None]).to(torch.int32),
         codes=flat(torch.where(live, 2 * rank + visual, DEAD)),
         bounds=flat(bounds),
-        tiles=_tile_table(start, lengths, slot_tiles, map_tile),
+        panels=panels,
+        tiles=_tile_table(start, lengths, slot_tiles, panels, map_tile),
         entries=flat(entries),
         counts=torch.stack(((entries > 0).sum(1), entries.sum(1)), 1),
         contiguous=not bool(holes) and bool((rank.amax(1) == rank_at_first(rank, live)).all())
@@ -142,11 +150,41 @@ def _entries(live: Tensor, visual: Tensor, rank: Tensor) -> Tensor:
     return torch.where(live, own, 0)
 
 
-def _tile_table(start: Tensor, lengths: Tensor, slot_tiles: Tensor, map_tile: int) -> Tensor:
+def _panels(
+    visual: Tensor,
+    seen_until: Tensor,
+    start: Tensor,
+    first_live: Tensor,
+    slot_tiles: Tensor,
+    map_tile: int,
+) -> Tensor:
+    """The rows of each slot that can see a visual key of its tile, one panel after the other."""
+    if not slot_tiles.numel():
+        return torch.zeros(*slot_tiles.shape, 3, dtype=torch.int64)
+    # The largest over the keys of each slot; a packed tile may begin before its sample.
+    place = slot_tiles[:, :, None] * map_tile + torch.arange(map_tile) - start[:, None, None]
+    inside = (place >= 0) & (place < visual.shape[1])
+    index = place.clamp(0, visual.shape[1] - 1).flatten(1)
+    end = torch.where(visual, seen_until, 0).gather(1, index).view(place.shape)
+    end = end.masked_fill(~inside, 0).amax(2)
+    first = torch.maximum(slot_tiles.long() * map_tile, first_live[:, None])
+    used = slot_tiles >= 0
+    height = torch.where(used, end - first, 0).flatten()
+    base = (height.cumsum(0) - height).view(first.shape) - first
+    return torch.stack((base, first, end), 2).masked_fill(~used[:, :, None], 0)
+
+
+def _tile_table(
+    start: Tensor, lengths: Tensor, slot_tiles: Tensor, panels: Tensor, map_tile: int
+) -> Tensor:
     first = torch.div(start, map_tile, rounding_mode="floor")
     last = torch.div(start + lengths.clamp(min=1) - 1, map_tile, rounding_mode="floor")
     n_tiles = int((last - first).max()) + 1 if len(start) else 1
-    slot = torch.full((len(start), n_tiles), -1, dtype=torch.int32)
-    sample, rank = (slot_tiles >= 0).nonzero(as_tuple=True)
-    slot[sample, slot_tiles[sample, rank].long() - first[sample]] = rank.to(torch.int32)
-    return torch.stack((slot, (slot >= 0).cumsum(1).to(torch.int32)), 2).contiguous()
+    table = torch.zeros(len(start), n_tiles, 3, dtype=torch.int64)
+    sample, slot = (slot_tiles >= 0).nonzero(as_tuple=True)
+    tile = slot_tiles[sample, slot].long() - first[sample]
+    table[sample, tile, 0] = panels[sample, slot, 0]
+    table[sample, tile, 1] = panels[sample, slot, 2]
+    table[sample, tile, 2] = 1
+    table[:, :, 2] = table[:, :, 2].cumsum(1)
+    return table

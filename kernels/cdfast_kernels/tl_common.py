@@ -41,7 +41,7 @@ def load_sample(SAMPLES, sample):
 
 @triton.jit
 def tile_offsets(stride_n, BLOCK: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
-    """int64 [BLOCK, HEAD_DIM_PAD] offsets inside a tile of tokens; loop invariant."""
+    """int64 [BLOCK, HEAD_DIM_PAD] offsets inside a tile of tokens."""
     rows = tl.arange(0, BLOCK).to(tl.int64) * stride_n
     return rows[:, None] + tl.arange(0, HEAD_DIM_PAD)[None, :]
 
@@ -176,21 +176,107 @@ def masked_tile(i, a_lo, n_a, b_lo, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def slot_of(TILES, sample, n_tiles, n_0, begin):
-    """Slot of the map tile that holds position n_0; -1 where it has no visual key."""
+def panel_of(TILES, sample, n_tiles, n_0, begin):
+    """Base and end of the panel of the map tile that holds position n_0; end 0 where none is."""
     tile = n_0 // MAP_TILE - begin // MAP_TILE
-    return tl.load(TILES + (sample * n_tiles + tile) * 2)
+    entry = TILES + (sample * n_tiles + tile) * 3
+    return tl.load(entry), tl.load(entry + 1)
 
 
 @triton.jit
 def slots_up_to(TILES, sample, n_tiles, position, begin):
     """How many slots of the sample begin at or before a position."""
     tile = position // MAP_TILE - begin // MAP_TILE
-    return tl.load(TILES + (sample * n_tiles + tile) * 2 + 1)
+    return tl.load(TILES + (sample * n_tiles + tile) * 3 + 2).to(tl.int32)
 
 
 @triton.jit
-def map_ptrs(MAP, token_base, rows, width, slot, offset, BLOCK_N: tl.constexpr):
-    """Pointers [rows, BLOCK_N] into a stored map (tokens, width), from a slot's offset-th key."""
-    columns = slot * MAP_TILE + offset + tl.arange(0, BLOCK_N)
-    return MAP + (token_base + rows)[:, None] * width + columns[None, :]
+def panel_ptrs(MAP, base, rows, column, BLOCK_N: tl.constexpr):
+    """Pointers [rows, BLOCK_N] into a panel, from one of its columns on."""
+    columns = column + tl.arange(0, BLOCK_N)
+    return MAP + (base + rows)[:, None] * MAP_TILE + columns[None, :]
+
+
+@triton.jit
+def load_panel(MAP, base, panel_end, rows, row_live, n_0, BLOCK_N: tl.constexpr):
+    """Keys n_0, n_0 + 1, ... of a stored map, 0 in rows that the panel does not hold."""
+    tile_0 = n_0 // MAP_TILE * MAP_TILE
+    column = n_0 - tile_0
+    held = row_live & (rows >= tile_0) & (rows < panel_end)
+    return tl.load(panel_ptrs(MAP, base, rows, column, BLOCK_N), mask=held[:, None], other=0.0)
+
+
+@triton.jit
+def row_program(
+    SAMPLES,
+    CODES,
+    tokens_per_sample,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+):
+    """The row tile and head of a program of `Axis.row_grid`; the longest row tiles start first.
+
+    Returns sample, head, flat token of the sample's position 0, the fields of `load_sample`, first
+    row, rows, which rows are live, and their codes. The first row may lie behind the sample.
+    """
+    sample, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    begin, end, first_live, end_live, end_prefix = load_sample(SAMPLES, sample)
+    row_0 = begin + (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    sample, head = sample.to(tl.int64), head.to(tl.int64)
+    token_base = sample * tokens_per_sample
+    rows = row_0 + tl.arange(0, BLOCK_M)
+    live, codes = is_live(CODES, token_base, rows, begin, end, first_live, end_live, CONTIGUOUS)
+    return (
+        sample,
+        head,
+        token_base,
+        begin,
+        end,
+        first_live,
+        end_live,
+        end_prefix,
+        row_0,
+        rows,
+        live,
+        codes,
+    )
+
+
+@triton.jit
+def tile_ptrs(
+    X,
+    sample,
+    head,
+    position,
+    stride_b,
+    stride_n,
+    stride_h,
+    BLOCK: tl.constexpr,
+    HEAD_DIM_PAD: tl.constexpr,
+):
+    """Pointers [BLOCK, HEAD_DIM_PAD] to the tile of tokens that begins at a position."""
+    base = X + sample * stride_b + head * stride_h + tl.cast(position, tl.int64) * stride_n
+    return base + tile_offsets(stride_n, BLOCK, HEAD_DIM_PAD)
+
+
+@triton.jit
+def row_ptrs(X, sample, head, rows, stride_b, stride_n, stride_h):
+    """Pointers [rows] into a tensor stored like the LSE."""
+    return X + sample * stride_b + head * stride_h + rows.to(tl.int64) * stride_n
+
+
+@triton.jit
+def load_rows(X, sample, head, rows, row_live, stride_b, stride_n, stride_h):
+    """Numbers of live rows of a tensor stored like the LSE, 0 elsewhere."""
+    ptrs = row_ptrs(X, sample, head, rows, stride_b, stride_n, stride_h)
+    return tl.load(ptrs, mask=row_live, other=0.0)
+
+
+@triton.jit
+def score_shift(lse, EXACT: tl.constexpr):
+    """The natural-log LSE in the unit of the scores."""
+    if EXACT:
+        return lse
+    else:
+        return lse * LOG2E

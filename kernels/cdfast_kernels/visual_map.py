@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,30 +24,63 @@ MAP_DTYPE = {
 }
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+class MapInputs(NamedTuple):
+    """What one map is made from: q and k in a layout's shape, the LSE, and the softmax scale."""
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    scale: float
+
+
+# (q, k, lse, layout, scale) -> map: `visual_attention_map` of one backend.
+MakeMap = Callable[[Tensor, Tensor, Tensor, VisualLayout, float], "VisualMap"]
+
+
 class VisualMap:
     """S[b, i, v], the mean over heads of the probability that row i gives to visual key v.
 
     Only key tiles of MAP_TILE columns that hold a visual key of the sample are stored, and of each
     only the rows that can see it, as one panel: nothing above the diagonal tile, at leading padding
     or for samples without an image. Entries that are not visible or not visual are 0. Maps carry no
-    gradient.
+    gradient, and do not change.
+
+    A map can keep `inputs` in place of numbers: the q, k and lse it is made from, which take less
+    memory for long sequences. A window mean of such maps is formed where it is read, on the triton
+    backend a chunk of rows at a time.
 
     Attributes:
         data: (layout.map_rows, MAP_TILE) the panels of layout.panels one after the other. float16
             times FP16_SCALE, float32 or float64. Row base + p, column j of the panel of slot c is
-            row p, key layout.slot_tiles[b, c] * MAP_TILE + j.
+            row p, key layout.slot_tiles[b, c] * MAP_TILE + j. Of a map that keeps its inputs, made
+            anew at each access.
         layout: the layout the map was made with.
+        inputs: the inputs of each map of the window, () where `data` is kept.
     """
 
-    data: Tensor
-    layout: VisualLayout
+    def __init__(
+        self,
+        data: Tensor | None,
+        layout: VisualLayout,
+        inputs: tuple[MapInputs, ...] = (),
+        make: MakeMap | None = None,
+    ) -> None:
+        assert (data is None) == bool(inputs) == (make is not None)
+        if data is not None:
+            expected = (layout.map_rows, MAP_TILE)
+            assert tuple(data.shape) == expected, (tuple(data.shape), expected)
+            assert data.dtype in MAP_DTYPE.values(), data.dtype
+            assert not data.requires_grad
+        self._data, self._make = data, make
+        self.layout, self.inputs = layout, inputs
 
-    def __post_init__(self) -> None:
-        expected = (self.layout.map_rows, MAP_TILE)
-        assert tuple(self.data.shape) == expected, (tuple(self.data.shape), expected)
-        assert self.data.dtype in MAP_DTYPE.values(), self.data.dtype
-        assert not self.data.requires_grad
+    @property
+    def data(self) -> Tensor:
+        if self._data is not None:
+            return self._data
+        assert self._make is not None
+        maps = (self._make(x.q, x.k, x.lse, self.layout, x.scale) for x in self.inputs)
+        return VisualMap.mean(maps).data
 
     @classmethod
     def mean(cls, maps: Iterable[VisualMap]) -> VisualMap:
@@ -72,11 +105,15 @@ class VisualMap:
             raise bad_argument("maps", expected, "an empty list", remedy)
         for i, item in enumerate(maps):
             _check_same(f"maps[{i}]", item, maps[0])
+        first = maps[0]
+        if all(len(item.inputs) == 1 for item in maps):
+            inputs = tuple(item.inputs[0] for item in maps)
+            return cls(None, first.layout, inputs, first._make)
         # Widened before the sum: adding in fp16 would lose 20 times the rounding of one store.
-        total = maps[0].data.to(_wide(maps[0].dtype), copy=True)
+        total = first.data.to(_wide(first.dtype), copy=True)
         for item in maps[1:]:
             total += item.data
-        return cls((total / len(maps)).to(maps[0].dtype), maps[0].layout)
+        return cls((total / len(maps)).to(first.dtype), first.layout)
 
     @classmethod
     def from_batch(cls, dense: Tensor, layout: VisualLayout, dtype: torch.dtype) -> VisualMap:
@@ -118,20 +155,28 @@ class VisualMap:
         layout = self.layout.to(device, non_blocking)
         if layout is self.layout:
             return self
-        return VisualMap(self.data.to(device, non_blocking=non_blocking), layout)
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        if self._data is not None:
+            return VisualMap(moved(self._data), layout)
+        inputs = (MapInputs(moved(x.q), moved(x.k), moved(x.lse), x.scale) for x in self.inputs)
+        return VisualMap(None, layout, tuple(inputs), self._make)
 
     @property
     def dtype(self) -> torch.dtype:
         """Storage dtype; float16 entries are scaled by FP16_SCALE."""
-        return self.data.dtype
+        return MAP_DTYPE[self.inputs[0].q.dtype] if self._data is None else self._data.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.data.device
+        return self.layout.device
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"VisualMap(data={tuple(self.data.shape)} {dtype}, layout={self.layout!r})"
+        held = f"{len(self.inputs)} inputs" if self.inputs else f"{self.layout.map_rows} rows"
+        return f"VisualMap({held}, {dtype}, layout={self.layout!r})"
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cdfast_kernels import keep_alignment
 
 from cdfast import VisualAttentionAligner
 from cdfast.aligner import build_layout
@@ -66,18 +67,23 @@ def eager_gradients(teacher, student, batches, matches, weight):
 
 @pytest.mark.parametrize("padding", ["right", "left", None])
 @pytest.mark.parametrize("images", [True, "mixed"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_equal_eager(padding, images, checkpointing):
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [None, {}, {"context_fn": keep_alignment}],
+    ids=["all kept", "recomputed", "recomputed but for alignment"],
+)
+def test_gradients_equal_eager(padding, images, checkpointing, backend):
     teacher, student = tiny_teacher(), tiny_llava()
     batches = [tiny_batch(seed=s, padding=padding, images=images) for s in (0, 1)]
     aligner = VisualAttentionAligner(teacher, student, layers="all")
     want, want_losses = eager_gradients(teacher, student, batches, aligner.matches, 2.0)
 
-    aligner = VisualAttentionAligner(teacher, student, layers="all")
+    aligner = VisualAttentionAligner(teacher, student, layers="all", backend=backend)
     student.zero_grad()
     student.train()
-    if checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing is not None:
+        student.gradient_checkpointing_enable({"use_reentrant": False, **checkpointing})
     got_losses = []
     for batch in batches:
         with torch.no_grad():

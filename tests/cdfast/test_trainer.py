@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cdfast_kernels import keep_alignment, library_calls
 from peft import LoraConfig, get_peft_model
 
 from cdfast import DistillationConfig, DistillationTrainer
@@ -290,3 +291,47 @@ def test_checkpointing_does_not_change_the_step(tmp_path):
     assert all(layer.gradient_checkpointing for layer in layers)
     start = state(tiny_llava())
     assert relative_change(state(recomputed.model), state(plain.model), start) <= TOLERANCE
+
+
+def test_keep_alignment_does_not_repeat_attention(tmp_path, monkeypatch):
+    """The aligned layers' attention runs once, and the step is the same to the last bit."""
+    steps, calls = [], []
+    forward, backward = library_calls.LIBRARIES["sdpa"]
+    for keep in (False, True):
+        count = []
+
+        def counted(*args, count=count):
+            count.append(1)
+            return forward(*args)
+
+        monkeypatch.setitem(library_calls.LIBRARIES, "sdpa", (counted, backward))
+        trainer = make_trainer(
+            tmp_path / str(keep),
+            gradient_checkpointing=True,
+            keep_alignment=keep,
+            backend="sdpa",
+            layers="intermediate",
+        )
+        trainer.train()
+        steps.append(state(trainer.model))
+        calls.append(len(count))
+        aligned = [*trainer.aligner.student_layers]
+        layers = trainer.model.model.language_model.layers
+        kept = ["context_fn" in layer._gradient_checkpointing_func.keywords for layer in layers]
+        assert kept == [keep and i in aligned for i in range(len(layers))]
+    assert calls[0] - calls[1] == len(aligned) > 0
+    for name, got in steps[1].items():
+        assert torch.equal(got, steps[0][name]), name
+
+
+def test_keep_alignment_of_an_adapted_student(tmp_path):
+    """Through a PEFT model, whose decoder is deeper inside; a second run puts it on again."""
+    student = get_peft_model(tiny_llava(), LoraConfig(target_modules=["q_proj"], r=2))
+    trainer = make_trainer(
+        tmp_path, student, gradient_checkpointing=True, keep_alignment=True, backend="sdpa"
+    )
+    for _ in range(2):
+        trainer.train()
+        for layer in unwrap_student(trainer.model).model.language_model.layers:
+            keywords = layer._gradient_checkpointing_func.keywords
+            assert keywords == {"use_reentrant": False, "context_fn": keep_alignment}

@@ -1,19 +1,28 @@
-"""Every test that takes `backend` runs on each backend that is usable here, on CPU tensors.
+"""Every test that takes `backend` runs on each backend that is usable here.
 
-The Triton kernels take those with TRITON_INTERPRET=1. The interpreter needs about a second per
-case: of the shared tests it runs those that INTERPRETED selects, and the rest with `-m full`. On a
-GPU, test_triton.py runs on the device.
+On CPU tensors the Triton kernels run with TRITON_INTERPRET=1. The interpreter needs about a second
+per case: of the shared tests it runs those that INTERPRETED selects, and the rest with `-m full`.
+
+With a GPU the same tests run on it: see tests/kernels/on_device.py.
 """
 
 import os
 import re
+import sys
+
+# Before CUDA starts: without it cuBLAS is not deterministic, and says so in every test.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
 from cdfast_kernels import available_backends
 
+from tests.kernels.on_device import DEVICE, put_on_device
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-ALIGNMENT_BACKENDS = ("reference", "cpu", *(["triton"] if INTERPRETING else []))
+ALIGNMENT_BACKENDS = ("reference", "cpu", "triton")
+ALIGNMENT_BACKENDS = [b for b in ALIGNMENT_BACKENDS if b != "cpu" or DEVICE == "cpu"]
+USABLE_BACKENDS = [b for b in ALIGNMENT_BACKENDS if available_backends()[b] is None]
 
 # Of a test with many cases, those that the interpreter runs by default. Tests not named run whole.
 INTERPRETED = {
@@ -30,7 +39,14 @@ INTERPRETED = {
 
 
 def pytest_collection_modifyitems(items):
+    if DEVICE != "cpu":
+        for name, module in list(sys.modules.items()):
+            # A module with a DEVICE makes its tensors there itself.
+            if name.startswith("tests.kernels.test_") and not hasattr(module, "DEVICE"):
+                put_on_device(module)
     for item in items:
+        if DEVICE == "cpu" and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: there is none"))
         chosen = INTERPRETED.get(getattr(item, "originalname", ""), "")
         if INTERPRETING and "triton" in item.name and not re.search(chosen, item.name):
             item.add_marker(pytest.mark.full)
@@ -52,7 +68,7 @@ def _uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[b for b in ALIGNMENT_BACKENDS if available_backends()[b] is None])
+@pytest.fixture(params=USABLE_BACKENDS)
 def backend(request) -> str:
     return request.param
 

@@ -12,6 +12,7 @@ from cdfast_kernels import (
     visual_attention_map,
 )
 
+from tests.kernels import on_device
 from tests.kernels.plain import (
     KINDS,
     OBJECTIVES,
@@ -469,7 +470,7 @@ def test_autocast_and_repeats_change_no_bit(objective, backend):
     grads = torch.autograd.grad(first[0].sum() + first[1], (q, k, v))
     second = run()
     again = torch.autograd.grad(second[0].sum() + second[1], (q, k, v))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(on_device.DEVICE, dtype=torch.bfloat16):
         third = run()
     for a, b in zip((*first, *first, *grads), (*second, *third, *again)):
         assert torch.equal(a, b)

@@ -24,6 +24,8 @@ from tests.numerics import FLOOR, FORWARD, GRADIENT, assert_within_budget, max_e
 
 # CI builds the extension; a source tree without a compiler still runs the rest of the suite.
 pytestmark = pytest.mark.skipif(native.REASON is not None, reason=f"{native.REASON}")
+# The shared tests go to a GPU where there is one; these stay.
+DEVICE = "cpu"
 ISAS = native.EXTENSION.supported_isas() if native.EXTENSION else []
 
 

@@ -4,10 +4,22 @@ import pytest
 import torch
 from cdfast_kernels import VisualLayout, flash_attention
 
+from tests.kernels import on_device
+from tests.kernels.conftest import USABLE_BACKENDS
 from tests.kernels.plain import KINDS, make_case, plain_attention, random_qkv
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 HEADS = {"mha": (3, 3), "gqa": (4, 2), "mqa": (4, 1)}
+
+
+@pytest.fixture(params=[*USABLE_BACKENDS, "sdpa"])
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def exact_dtype(backend) -> torch.dtype:
+    return torch.float64 if backend in ("reference", "sdpa") else torch.float32
 
 
 def assert_close(got, expected, dtype=torch.float64):
@@ -159,7 +171,7 @@ def test_packed_equals_its_sequences(backend, exact_dtype):
 def test_autocast_does_not_lower_the_precision(backend):
     q, k, v = (torch.randn(1, 9, 2, 32) for _ in range(3))
     expected = flash_attention(q, k, v, backend=backend)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(on_device.DEVICE, dtype=torch.bfloat16):
         assert torch.equal(flash_attention(q, k, v, backend=backend)[0], expected)
 
 

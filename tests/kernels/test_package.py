@@ -29,6 +29,7 @@ def test_public_names():
             "available_backends",
             "flash_attention",
             "flash_attention_with_alignment",
+            "keep_alignment",
             "visual_alignment_loss",
             "visual_attention_map",
         }
@@ -44,7 +45,7 @@ def test_version_is_the_distribution_version():
     "name, parameters",
     [
         ("flash_attention", "q k v * softmax_scale layout backend"),
-        ("visual_attention_map", "q k lse layout * softmax_scale backend"),
+        ("visual_attention_map", "q k lse layout * softmax_scale backend storage"),
         (
             "visual_alignment_loss",
             "q k lse target layout * objective softmax_scale reduction backend",

@@ -1,0 +1,234 @@
+"""What the kernel benchmarks share: clocks, ceilings of the machine, environment, result files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "numpy", "flash-attn", "xformers", "transformers")
+FLUSH_BYTES = 2**28  # several times the L2 cache of any GPU
+# The device waits this long before a timed region, so that the host has queued all of it by then:
+# about 2 ms at 2 GHz.
+HEAD_START_CYCLES = 4_000_000
+
+
+class Clock:
+    """Times one call after another, on CUDA by events behind a flush of the L2 cache."""
+
+    def __init__(self, device: str):
+        self.cuda = device.startswith("cuda")
+        self.flush = (
+            torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
+        )
+
+    def start(self) -> Any:
+        if self.flush is None:
+            return time.perf_counter()
+        self.flush.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> Any:
+        if self.flush is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, begin: Any, end: Any) -> float:
+        if self.flush is None:
+            return (end - begin) * 1e3
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def time(self, run: Callable[[], Any]) -> tuple[float, float]:
+        """Milliseconds of one call on the device, and of the host until it had queued it."""
+        begin = self.start()
+        host = time.perf_counter()
+        run()
+        host = (time.perf_counter() - host) * 1e3
+        end = self.stop()
+        return self.milliseconds(begin, end), host
+
+    def interleaved(
+        self, variants: dict[str, Callable[[], Any]], rounds: int, seconds: float
+    ) -> dict[str, dict[str, float]]:
+        """All variants in turn in every round: median, spread and number of rounds of each.
+
+        At least 3 rounds; then until `rounds` are done or `seconds` have passed.
+        """
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+        begin = time.monotonic()
+        for i in range(rounds):
+            if i >= 3 and time.monotonic() - begin > seconds:
+                break
+            for name, run in variants.items():
+                times[name].append(self.time(run))
+        return {name: summary(pairs) for name, pairs in times.items()}
+
+
+def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Median, half of the distance between the quartiles over the median, host median, count."""
+    values = [a for a, _ in pairs]
+    median = statistics.median(values)
+    low, _, high = statistics.quantiles(values, n=4)
+    return {
+        "ms": median,
+        "spread": (high - low) / 2 / median,
+        "host_ms": statistics.median(b for _, b in pairs),
+        "rounds": len(pairs),
+    }
+
+
+def peak_bytes(run: Callable[[], Any]) -> int | None:
+    """Largest number of bytes allocated during run() beyond those before it; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """Measured rates of a large matrix product (on random data) and of a large copy."""
+    device = "cuda" if clock.cuda else "cpu"
+    n, size = (8192, 2**30) if clock.cuda else (512, 2**24)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randint(0, 9, (size,), device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    runs: dict[str, Callable[[], Any]] = {
+        "matmul": lambda: a @ b,
+        "copy": lambda: target.copy_(source),
+    }
+    for run in runs.values():
+        run()
+    found = clock.interleaved(runs, 10, 10)
+    return {
+        "matmul_tflops": 2 * n**3 / found["matmul"]["ms"] / 1e9,
+        "copy_gb_per_s": 2 * size / found["copy"]["ms"] / 1e6,
+    }
+
+
+class KernelClock:
+    """Times every launch of every Triton kernel of cdfast_kernels while it is active."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+        self.launches: dict[str, list[tuple[Any, Any]]] = {}
+        self.compiled: dict[str, Any] = {}
+
+    @contextmanager
+    def active(self):
+        replaced = list(kernels().items())
+        for (module, name), kernel in replaced:
+            setattr(module, name, _Timed(name, kernel, self))
+        try:
+            yield self
+        finally:
+            for (module, name), kernel in replaced:
+                setattr(module, name, kernel)
+
+    def milliseconds(self) -> dict[str, list[float]]:
+        """Per kernel, one number per launch since the last call."""
+        found = {
+            name: [self.clock.milliseconds(*pair) for pair in pairs]
+            for name, pairs in self.launches.items()
+        }
+        self.launches = {}
+        return found
+
+
+class _Timed:
+    def __init__(self, name: str, kernel: Any, owner: KernelClock):
+        self.name, self.kernel, self.owner = name, kernel, owner
+
+    def __getattr__(self, attribute):
+        return getattr(self.kernel, attribute)
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            begin = self.owner.clock.start()
+            compiled = self.kernel[grid](*args, **kwargs)
+            pair = begin, self.owner.clock.stop()
+            self.owner.launches.setdefault(self.name, []).append(pair)
+            self.owner.compiled[self.name] = compiled
+            return compiled
+
+        return launch
+
+
+def kernels() -> dict[tuple[Any, str], Any]:
+    """(module, name) -> kernel, of every Triton kernel that cdfast_kernels launches."""
+    from cdfast_kernels import triton_ops  # noqa: F401  (loads them all)
+
+    return {
+        (module, name): value
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith("cdfast_kernels.")
+        for name, value in list(vars(module).items())
+        if name.endswith("_kernel") and hasattr(value, "run") and hasattr(value, "__getitem__")
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, versions and command; nothing that names the machine."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    found: dict[str, Any] = {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "versions": versions,
+        "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
+        "threads": torch.get_num_threads(),
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "capability": list(torch.cuda.get_device_capability(0)),
+        }
+    return found
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(0) if device.startswith("cuda") else "cpu"
+
+
+def result_path(theme: str, device: str, folder: Path) -> Path:
+    """<folder>/<theme>_<device>_<yyyymm>.json"""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return folder / f"{theme}_{slug}_{datetime.date.today():%Y%m}.json"
+
+
+def write_json(path: Path, report: Any) -> None:
+    """At once or not at all: a run may be stopped at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,273 @@
+"""The kernel benchmarks' code, at tiny sizes on a CPU: what they check, compute and write."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cdfast_kernels import available_backends
+
+from benchmarks import bench_kernels, cases, gpu_session, measure, peers, tune_kernels
+
+ROOT = Path(__file__).parents[1]
+CASE = cases.Case(40, 25, 1, 4, 2, 32, "fp32")
+
+
+def run(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_quick_run_on_a_cpu(tmp_path):
+    options = ["--quick", "--device", "cpu", "--rounds", 3, "--output", tmp_path]
+    run("-m", "benchmarks.bench_kernels", *options)
+    [path] = tmp_path.glob("kernels_cpu_*.json")
+    found = json.loads(path.read_text())
+    assert path.with_suffix(".md").exists()
+    assert path.with_suffix(".png").stat().st_size > 5000
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert found["ceilings"]["matmul_tflops"] > 0
+    assert found["not_measured"] == []
+    assert len(found["cases"]) == 2
+    for case in found["cases"]:
+        variants, ratios = case["variants"], case["ratios"]
+        for row in variants.values():
+            assert ("ms" in row and row["rounds"] == 3) or row["absent"]
+        ours = case["backend"]
+        plain, student = (variants[f"{name}[{ours}]"]["ms"] for name in ("plain", "student"))
+        assert ratios["student_over_plain"] == pytest.approx(student / plain)
+        assert ratios["eager_over_student"] == pytest.approx(variants["eager"]["ms"] / student)
+        peer = ratios["fastest_peer"]
+        assert ratios["plain_speed_over_fastest_peer"] == pytest.approx(
+            variants[peer]["ms"] / plain
+        )
+        target = variants[f"target[{ours}]"]["ms"] / variants[f"plain[{ours}] forward"]["ms"]
+        assert ratios["target_over_plain_forward"] == pytest.approx(target)
+        # No GPU: peak memory was not measured, and is not made up.
+        assert ratios["extra_memory_over_eagers_extra"] is None
+        assert case["checked"]["eager"] == "ok"
+    text = path.with_suffix(".md").read_text()
+    assert "not measured" in text
+    for name in ("flash_attn", "xformers", "triton"):
+        assert name in text
+
+
+def test_no_case_begins_after_the_budget(tmp_path):
+    arguments = ["--quick", "--device", "cpu", "--budget-minutes", "0", "--output", str(tmp_path)]
+    bench_kernels.main(arguments)
+    [path] = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert found["cases"] == []
+    assert len(found["not_measured"]) == 2
+
+
+def measured(monkeypatch, **changed):
+    variants = bench_kernels.variants
+    monkeypatch.setattr(bench_kernels, "variants", lambda p: variants(p) | changed)
+    options = bench_kernels.parse(["--device", "cpu", "--rounds", "3"])
+    ceiling = {"matmul_tflops": 1.0}
+    return bench_kernels.measure(CASE, "cpu", measure.Clock("cpu"), options, ceiling)
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_variant_is_not_timed(factor, monkeypatch):
+    def wrong(problem, leaves):
+        out, loss = peers.eager(*leaves, problem.eager)
+        return factor * out, loss
+
+    ours = next(b for b in bench_kernels.OWN if available_backends()[b] is None)
+    found = measured(monkeypatch, **{f"student[{ours}]": wrong})
+    row = found["variants"][f"student[{ours}]"]
+    assert row["absent"].startswith("wrong at 40 tokens: ")
+    assert found["ratios"]["student_over_plain"] is None
+    assert found["ratios"]["plain_speed_over_fastest_peer"] is not None
+
+
+def test_a_variant_without_memory_is_named(monkeypatch):
+    def greedy(problem, leaves):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    found = measured(monkeypatch, sdpa_flash=greedy)
+    assert found["variants"]["sdpa_flash"] == {"absent": "out of memory"}
+    assert found["ratios"]["student_over_plain"] is not None
+
+
+def test_the_extra_memory_is_a_share_of_eagers():
+    def row(peak):
+        return {"ms": 1.0, "peak_bytes": peak}
+
+    rows = {"plain[triton]": row(100), "student[triton]": row(110), "eager": row(600)}
+    found = bench_kernels.ratios(rows, "triton")
+    assert found["extra_memory_over_eagers_extra"] == pytest.approx(10 / 500)
+    assert found["eager_over_student"] == 1
+
+
+def test_entries_and_pairs_are_those_of_the_layout():
+    problem = cases.Problem(CASE, "cpu", "reference")
+    visible = problem.layout.dense_mask()
+    assert problem.pairs == int(visible.sum())
+    assert problem.entries == int(visible[:, :, problem.visual].sum())
+
+
+def test_eager_is_the_loss_of_the_reference():
+    problem = cases.Problem(CASE, "cpu", "reference")
+    problem.prepare_eager()
+    found = {
+        name: bench_kernels.whole(problem, run)
+        for name, run in bench_kernels.variants(problem).items()
+        if name in ("eager", "student[reference]")
+    }
+    for a, b in zip(*found.values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_every_case_has_visual_tokens_that_fit():
+    for listed in (cases.gpu_cases, cases.cpu_cases):
+        for quick in (True, False):
+            found = listed(quick)
+            assert len({case.name for case in found}) == len(found)
+            assert all(1 < case.visual <= case.tokens - 1 for case in found)
+            assert all(case.heads % case.kv_heads == 0 for case in found)
+    sizes = {case.tokens for case in cases.gpu_cases(False)}
+    assert sizes >= {1024, 2048, 4096, 8192, 16384}
+
+
+# Launch settings
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("spec", tune_kernels.SPECS, ids=str)
+def test_candidates(spec, arch):
+    from cdfast_kernels.launch import KERNELS, settings_for
+    from cdfast_kernels.layout import MAP_TILE
+
+    for kernel in KERNELS:
+        found = tune_kernels.candidates(kernel, spec, arch)
+        present = settings_for(kernel, arch, spec.head_dim, spec.element_size)
+        assert found[0] == present
+        assert 4 <= len(set(found)) == len(found) <= 40
+        for settings in found:
+            assert MAP_TILE % settings.BLOCK_N == 0
+            assert settings.num_warps in (4, 8)
+        flipped = tune_kernels.variations(kernel, present)
+        assert [s.acc_init for s in flipped] == [not present.acc_init] * (kernel in ("dq", "dkdv"))
+
+
+def test_the_best_settings_are_the_fastest_usable_ones():
+    def row(ms, left_out=None, spread=0.01):
+        return {"settings": [64, 64, 4, 2, True], "ms": ms, "spread": spread, "left_out": left_out}
+
+    present, faster, spilling = row(1.0), row(0.8), row(0.5, "spills 8")
+    assert tune_kernels.best_of([present, faster, spilling]) is faster
+    # Inside the noise the table stays as it is.
+    assert tune_kernels.best_of([present, row(0.995)]) is present
+    assert tune_kernels.best_of([present, row(0.9, spread=0.2)]) is present
+    assert tune_kernels.best_of([row(1.0, "spills 8"), faster]) is faster
+    assert tune_kernels.best_of([row(None, "wrong")]) is None
+
+
+def test_the_row_is_that_of_the_launch_table():
+    from cdfast_kernels.launch import KERNELS, Settings, settings_for
+
+    spec = tune_kernels.Spec(96, "bf16")
+    best = {"dq": [32, 64, 8, 3, False]}
+    text = tune_kernels.table_row(90, spec, best, KERNELS)
+    [(key, row)] = eval("{" + text + "}", {"Settings": Settings}).items()
+    assert key == (90, 128, 2)
+    assert row[KERNELS.index("dq")] == Settings(32, 64, 8, 3, False)
+    others = [k for k in KERNELS if k != "dq"]
+    assert all(row[KERNELS.index(k)] == settings_for(k, 90, 96, 2) for k in others)
+
+
+def crash_or_not(spec, kernel, settings):
+    if settings == "crashes":
+        os._exit(1)
+    return None if settings == "compiles" else "out of shared memory"
+
+
+def test_a_crash_of_the_compiler_costs_one_kernel(monkeypatch):
+    monkeypatch.setattr(tune_kernels, "compile_one", crash_or_not)
+    compiler = tune_kernels.Compiler(1)
+    deadline = time.monotonic() + 100
+    try:
+        found = compiler.ahead(None, "fwd", ["compiles", "too large"], deadline)
+        assert found == [None, "out of shared memory"]
+        [crashed] = compiler.ahead(None, "dq", ["crashes"], deadline)
+        assert crashed.startswith("the compiler crashed")
+        assert compiler.ahead(None, "dkdv", ["compiles"], deadline) == [None]
+    finally:
+        compiler.close()
+
+
+def test_tuning_in_the_interpreter(tmp_path):
+    """The whole way of a candidate, two of them per kernel; the times mean nothing."""
+    arguments = ["--device", "cpu", "--limit", 2, "--rounds", 3, "--head-size", 32]
+    arguments += ["--dtype", "fp32", "--kernel", "fwd", "dkdv", "--output", tmp_path]
+    arguments += ["--table", tmp_path / "table.json"]
+    # The conftest makes the interpreter faster, and fit for any version.
+    code = "import tests.kernels.conftest; from benchmarks.tune_kernels import main; main()"
+    run("-c", code, *arguments, TRITON_INTERPRET="1")
+    [path] = tmp_path.glob("launch_cpu_*.json")
+    [row] = json.loads(path.read_text())["rows"]
+    assert list(row["kernels"]) == ["fwd", "dkdv"]
+    for kernel, tried in row["kernels"].items():
+        assert len(tried) == 2 + (kernel == "dkdv")
+        assert all(r["left_out"] is None and r["ms"] > 0 for r in tried)
+        assert len({tuple(r["settings"]) for r in tried}) == len(tried)
+    assert "Settings(" in row["table"]
+    # As the launch table reads it, which checks it.
+    from cdfast_kernels.launch import _measured
+
+    table = _measured(str(tmp_path / "table.json"))
+    assert {key: list(value) for key, value in table.items()} == {
+        (0, 32, 4, kernel): row["best"][kernel] for kernel in ("fwd", "dkdv")
+    }
+
+
+# One session
+
+
+def test_session_steps_fit_into_their_limits():
+    steps = gpu_session.steps(Path("out"))
+    assert sum(step.minutes for step in steps) <= 25
+    assert [step.name for step in steps][:2] == ["suite", "gpu_tests"]
+
+
+def test_a_session_goes_on_after_failures_and_limits(tmp_path, monkeypatch):
+    def python(name, code, minutes=1.0):
+        return gpu_session.Step(name, [sys.executable, "-c", code], minutes)
+
+    child = (
+        "import subprocess, sys\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    steps = [
+        python("failing", "print('one'); raise SystemExit(3)"),
+        python("slow", child, 0.02),
+        python("last", "import cdfast_kernels; print('two')"),
+    ]
+    monkeypatch.setattr(gpu_session, "steps", lambda output: steps)
+    archive = tmp_path / "all.tar.gz"
+    begin = time.monotonic()
+    code = gpu_session.main(["--output", str(tmp_path / "out"), "--archive", str(archive)])
+    assert code != 0
+    assert time.monotonic() - begin < 40
+    report = json.loads((tmp_path / "out" / "session.json").read_text())
+    ended = [(s["name"], s["returncode"] == 0, s["stopped_at_limit"]) for s in report["steps"]]
+    assert ended == [("failing", False, False), ("slow", False, True), ("last", True, False)]
+    assert "two" in (tmp_path / "out" / "last.log").read_text()
+    with tarfile.open(archive) as tar:
+        assert "out/last.log" in tar.getnames()
