@@ -237,8 +237,7 @@ std::vector<double> by_rows(const Axis& axis, Objective objective, float* map, c
 std::vector<double> whole_maps(const Axis& axis, float* map, const float* target, int threads) {
   const auto token = [&](const Row& row) { return axis.token_base(row.sample) + row.position; };
   std::vector<Norms> row_norms(axis.n_tokens);
-  over_rows(axis, map, target, threads,
-            [&](Row* row) { row_norms[token(*row)] = norms_of(*row); });
+  over_rows(axis, map, target, threads, [&](Row* row) { row_norms[token(*row)] = norms_of(*row); });
   const std::vector<Norms> norms = sum_samples(axis, row_norms);
   std::vector<double> row_losses(axis.n_tokens);
   over_rows(axis, map, target, threads, [&](Row* row) {

@@ -36,8 +36,8 @@ class Workspace {
     for (int i = 0; i < p.threads; ++i) {
       float* at = buffer_->data() + i * per_thread_;
       float* s = at + 3 * tile;
-      scratch_.push_back({at, at + tile, at + 2 * tile, s, s + scores, s + 2 * scores,
-                          lists_[i].data()});
+      scratch_.push_back(
+          {at, at + tile, at + 2 * tile, s, s + scores, s + 2 * scores, lists_[i].data()});
     }
   }
   const Scratch& of(int worker) const { return scratch_[worker]; }
@@ -124,41 +124,53 @@ std::vector<RowTask> row_tasks(const Problem& p, int64_t first, int64_t last, bo
 
 using RowFunction = void (*)(const Problem&, const PackedTiles&, const RowTask&, const Scratch&);
 
-// Runs `function` over all rows and pairs, pairs in parts whose packed tiles fit kPackedBytes.
+// The pairs of one part of the work, and where their packed tiles begin.
+struct Part {
+  int64_t first, last, n_tiles;
+  std::vector<int64_t> offsets;
+};
+
+// Pairs from `first` on whose packed tiles fit kPackedBytes, at least one.
+Part next_part(const Pairs& pairs, int64_t first, int64_t tile_floats) {
+  const int64_t room = kPackedBytes / (4 * tile_floats);
+  Part part = {first, first, 0, {}};
+  while (part.last < pairs.n &&
+         (part.last == first || part.n_tiles + pairs.n_tiles[part.last] <= room)) {
+    part.offsets.push_back(part.n_tiles);
+    part.n_tiles += pairs.n_tiles[part.last++];
+  }
+  return part;
+}
+
+// Runs `function` over all rows and pairs.
 void over_rows(const Problem& p, const Kernels& kernels, Pass pass, RowFunction function) {
   const bool slots_only = pass == Pass::map || (pass == Pass::backward && p.modular);
   const bool together = pass != Pass::backward && p.map != nullptr;
   const Pairs pairs(p, slots_only);
-  PackedTiles packed = parts_of(p, pass);
-  const int64_t room = std::max<int64_t>(1, kPackedBytes / (4 * packed.tile_floats));
   const Workspace workspace(p, false);
+  PackedTiles packed = parts_of(p, pass);
   std::unique_ptr<Buffer> buffer;
   int64_t capacity = 0;
   for (int64_t first = 0; first < pairs.n;) {
-    std::vector<int64_t> offsets;
-    int64_t last = first, n_tiles = 0;
-    while (last < pairs.n && (last == first || n_tiles + pairs.n_tiles[last] <= room)) {
-      offsets.push_back(n_tiles);
-      n_tiles += pairs.n_tiles[last++];
-    }
-    if (n_tiles > capacity) {
+    const Part part = next_part(pairs, first, packed.tile_floats);
+    if (part.n_tiles > capacity) {
       buffer.reset();
-      buffer = std::make_unique<Buffer>(n_tiles * packed.tile_floats);
-      capacity = n_tiles;
+      buffer = std::make_unique<Buffer>(part.n_tiles * packed.tile_floats);
+      capacity = part.n_tiles;
     }
     packed.data = buffer ? buffer->data() : nullptr;
-    packed.first_tile = offsets.data();
+    packed.first_tile = part.offsets.data();
     packed.first_pair = first;
-    const std::vector<PackTask> packs = pack_tasks(p, pairs, first, last, slots_only);
+    const std::vector<PackTask> packs = pack_tasks(p, pairs, first, part.last, slots_only);
     parallel_for(static_cast<int64_t>(packs.size()), p.threads, [&](int64_t i, int worker) {
       kernels.pack(p, packed, packs[i].pair, packs[i].tile, packs[i].index,
                    workspace.of(worker).keys);
     });
-    const std::vector<RowTask> tasks = row_tasks(p, first, last, together);
+    const std::vector<RowTask> tasks = row_tasks(p, first, part.last, together);
     parallel_for(static_cast<int64_t>(tasks.size()), p.threads, [&](int64_t i, int worker) {
       function(p, packed, tasks[i], workspace.of(worker));
     });
-    first = last;
+    first = part.last;
   }
 }
 

@@ -11,8 +11,8 @@ void attention_forward(const Problem& p, const Kernels& kernels);
 // S from q, k and lse, into a map of zeros.
 void map_forward(const Problem& p, const Kernels& kernels);
 
-// dq, dk, dv from d_out, d_lse and (map = G, d_loss), each of which may be absent; p.modular: dq, dk
-// and, in p.delta, the gradient of lse.
+// dq, dk, dv from d_out, d_lse and (map = G, d_loss), each of which may be absent; p.modular: dq,
+// dk and, in p.delta, the gradient of lse.
 void attention_backward(const Problem& p, const Kernels& kernels);
 
 }  // namespace cdfast

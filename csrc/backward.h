@@ -3,8 +3,8 @@
 //   dS = P (dP - delta) + P G c,   c = d_loss / H,   dP = dO v^T
 //   delta = sum_j P dP + c sum_v P G - d_lse        (modular: delta = 0, d_lse = -c sum_v P G)
 //
-// delta is summed from P and dP, so that `out` is not needed. G meets P before c: it may be as large
-// as 1 / (smallest probability).
+// delta is summed from P and dP, so that `out` is not needed. G meets P before c: it may be as
+// large as 1 / (smallest probability).
 #pragma once
 
 #include "tiles.h"

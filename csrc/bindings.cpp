@@ -73,8 +73,8 @@ View view_of(const ViewArguments& v) {
           static_cast<DType>(std::get<4>(v))};
 }
 
-// sizes: n_samples, n_tokens, n_slots, n_tiles, map_rows, length (0 if packed); tables: addresses of
-// samples, codes, bounds, tiles, entries, counts, slot_tiles, panels.
+// sizes: n_samples, n_tokens, n_slots, n_tiles, map_rows, length (0 if packed); tables: addresses
+// of samples, codes, bounds, tiles, entries, counts, slot_tiles, panels.
 Axis axis_of(const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& tables) {
   if (sizes.size() != 6 || tables.size() != 8) throw std::invalid_argument("axis");
   Axis axis;
@@ -108,15 +108,15 @@ Problem problem_of(const Axis& axis, int64_t heads, int64_t kv_heads, int64_t di
 }
 
 void set_view(Problem& p, const std::string& name, const ViewArguments& view) {
-  View Problem::*member = name == "q"       ? &Problem::q
-                          : name == "k"     ? &Problem::k
-                          : name == "v"     ? &Problem::v
-                          : name == "out"   ? &Problem::out
-                          : name == "d_out" ? &Problem::d_out
-                          : name == "dq"    ? &Problem::dq
-                          : name == "dk"    ? &Problem::dk
-                          : name == "dv"    ? &Problem::dv
-                                            : nullptr;
+  View Problem::* member = name == "q"       ? &Problem::q
+                           : name == "k"     ? &Problem::k
+                           : name == "v"     ? &Problem::v
+                           : name == "out"   ? &Problem::out
+                           : name == "d_out" ? &Problem::d_out
+                           : name == "dq"    ? &Problem::dq
+                           : name == "dk"    ? &Problem::dk
+                           : name == "dv"    ? &Problem::dv
+                                             : nullptr;
   if (member == nullptr) throw std::invalid_argument("no view " + name);
   p.*member = view_of(view);
 }

@@ -20,8 +20,8 @@ static void scores(const Problem& p, const PackedTiles& packed, int64_t pair, co
   }
 }
 
-// Turns one row of scores into exp(s - max s) and returns their sum; max_out is 0 in a row that sees
-// nothing.
+// Turns one row of scores into exp(s - max s) and returns their sum; max_out is 0 in a row that
+// sees nothing.
 static float softmax_row(int n_tiles, float* row, float* max_out) {
   Vec largest = splat(-infinity());
   for (int t = 0; t < n_tiles; ++t) {

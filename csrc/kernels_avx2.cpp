@@ -6,7 +6,7 @@
 namespace cdfast {
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels = {"avx2",          avx2::pack,          avx2::forward_rows,
+  static constexpr Kernels kernels = {"avx2",         avx2::pack,          avx2::forward_rows,
                                       avx2::map_rows, avx2::backward_rows, avx2::backward_keys};
   return kernels;
 }

@@ -6,8 +6,9 @@
 namespace cdfast {
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels = {"avx512",          avx512::pack,          avx512::forward_rows,
-                                      avx512::map_rows, avx512::backward_rows, avx512::backward_keys};
+  static constexpr Kernels kernels = {
+      "avx512",         avx512::pack,          avx512::forward_rows,
+      avx512::map_rows, avx512::backward_rows, avx512::backward_keys};
   return kernels;
 }
 

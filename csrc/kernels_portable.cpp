@@ -6,8 +6,9 @@
 namespace cdfast {
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels = {"portable",          portable::pack,          portable::forward_rows,
-                                      portable::map_rows, portable::backward_rows, portable::backward_keys};
+  static constexpr Kernels kernels = {
+      "portable",         portable::pack,          portable::forward_rows,
+      portable::map_rows, portable::backward_rows, portable::backward_keys};
   return kernels;
 }
 

@@ -177,8 +177,7 @@ bool build_sample(const Tokens& tokens, int64_t s, const LayoutTables& to, std::
   int64_t prefix = 0;
   for (const Run& run : *runs) {
     const int64_t before = run.rank == 0 ? 0 : prefix;
-    const int64_t seen =
-        write_run(sample, run, first_live, end_live, before, to, counts, &slots);
+    const int64_t seen = write_run(sample, run, first_live, end_live, before, to, counts, &slots);
     if (run.rank == 0) prefix = seen;
   }
   place_panels(sample.start + first_live, slots, &facts->map_rows);

@@ -11,8 +11,8 @@ namespace cdfast {
 struct Tokens {
   int64_t n_samples = 0, length = 0, n_tokens = 0;
   const uint8_t* visual = nullptr;
-  const uint8_t* live = nullptr;      // null: all live
-  const int64_t* segment = nullptr;   // null: one segment
+  const uint8_t* live = nullptr;     // null: all live
+  const int64_t* segment = nullptr;  // null: one segment
   const int64_t* starts = nullptr;
 };
 

@@ -41,74 +41,108 @@ double threshold(const Axis& axis, int64_t s, const float* x, double n_visual) {
   return mean + std::sqrt(std::max(deviation, 0.0) / std::max(n - 1, 1.0));
 }
 
-double pooled_sample(const Axis& axis, int64_t s, float* map, const float* target) {
-  const auto clear_map = [&](float value) {
-    for (int slot = 0; slot < axis.n_slots; ++slot) {
-      const int64_t* panel = axis.panel(s, slot);
-      float* first = map + (panel[0] + panel[1]) * kTile;
-      std::fill(first, first + (panel[2] - panel[1]) * kTile, value);
-    }
-  };
-  const int32_t* codes = axis.codes + axis.token_base(s);
-  double n_visual = 0;
-  for (int i = axis.begin(s); i < axis.end(s); ++i) n_visual += codes[i] >= 0 && (codes[i] & 1);
-  if (n_visual < 2) {
-    clear_map(0);
-    return 0;
+bool is_visual(const Axis& axis, int64_t s, int64_t position) {
+  const int32_t code = axis.codes[axis.token_base(s) + position];
+  return code >= 0 && (code & 1) == 1;
+}
+
+void fill_map(const Axis& axis, int64_t s, float* map, float value) {
+  for (int slot = 0; slot < axis.n_slots; ++slot) {
+    const int64_t* panel = axis.panel(s, slot);
+    std::fill_n(map + (panel[0] + panel[1]) * kTile, (panel[2] - panel[1]) * kTile, value);
   }
-  const double keep_s = threshold(axis, s, map, n_visual);
-  const double keep_t = threshold(axis, s, target, n_visual);
-  if (std::isnan(keep_s + keep_t)) {
-    clear_map(std::numeric_limits<float>::quiet_NaN());
-    return std::numeric_limits<double>::quiet_NaN();
+}
+
+// Which entries pass the authors' filter.
+struct Filter {
+  const float *map, *target;
+  double most_s, most_t;
+
+  bool keeps(int64_t at) const {
+    return map[at] <= most_s && target[at] <= most_t && target[at] != 0;
   }
-  const auto kept = [&](int64_t at) {
-    return map[at] <= keep_s && target[at] <= keep_t && target[at] != 0;
-  };
-  const int64_t width = axis.n_slots * kTile;
-  std::vector<double> pooled_s(width), pooled_t(width), count(width);
-  over_visual_rows(axis, s, [&](int column, int64_t at) {
-    if (!kept(at)) return;
-    pooled_s[column] += map[at];
-    pooled_t[column] += target[at];
-    count[column] += 1;
-  });
+};
+
+// Means over the kept rows of each column, and their number, at least 1.
+struct Columns {
+  explicit Columns(int64_t width) : s(width), t(width), count(width) {}
+  std::vector<double> s, t, count;
   double ss = 0, tt = 0, max_s = 0, max_t = 0;
-  for (int64_t c = 0; c < width; ++c) {
-    pooled_s[c] /= std::max(count[c], 1.0);
-    pooled_t[c] /= std::max(count[c], 1.0);
-    ss += pooled_s[c] * pooled_s[c];
-    tt += pooled_t[c] * pooled_t[c];
-    max_s = std::max(max_s, pooled_s[c]);
-    max_t = std::max(max_t, pooled_t[c]);
+};
+
+Columns pool(const Axis& axis, int64_t s, const Filter& filter) {
+  Columns columns(axis.n_slots * kTile);
+  over_visual_rows(axis, s, [&](int column, int64_t at) {
+    if (!filter.keeps(at)) return;
+    columns.s[column] += filter.map[at];
+    columns.t[column] += filter.target[at];
+    columns.count[column] += 1;
+  });
+  for (size_t c = 0; c < columns.s.size(); ++c) {
+    columns.count[c] = std::max(columns.count[c], 1.0);
+    columns.s[c] /= columns.count[c];
+    columns.t[c] /= columns.count[c];
+    columns.ss += columns.s[c] * columns.s[c];
+    columns.tt += columns.t[c] * columns.t[c];
+    columns.max_s = std::max(columns.max_s, columns.s[c]);
+    columns.max_t = std::max(columns.max_t, columns.t[c]);
   }
-  if (std::min(max_s, max_t) < FLT_MIN) {
-    // The authors' cosine is 0 where nothing survives the filter: loss 1, without a gradient.
-    clear_map(0);
-    return 1;
-  }
-  const double inverse_s = 1 / std::sqrt(ss), inverse_t = 1 / std::sqrt(tt);
+  return columns;
+}
+
+// The loss; columns.s becomes the gradient of an entry in each column.
+double cosine(Columns* columns) {
+  const double inverse_s = 1 / std::sqrt(columns->ss), inverse_t = 1 / std::sqrt(columns->tt);
   double loss = 0;
-  for (int64_t c = 0; c < width; ++c) {
-    const double u = pooled_s[c] * inverse_s - pooled_t[c] * inverse_t;
+  for (size_t c = 0; c < columns->s.size(); ++c) {
+    const double u = columns->s[c] * inverse_s - columns->t[c] * inverse_t;
     loss += u * u / 2;
   }
-  for (int64_t c = 0; c < width; ++c) {
-    const double s_hat = pooled_s[c] * inverse_s, u = s_hat - pooled_t[c] * inverse_t;
-    pooled_s[c] = inverse_s * (u - loss * s_hat) / std::max(count[c], 1.0);
+  for (size_t c = 0; c < columns->s.size(); ++c) {
+    const double s_hat = columns->s[c] * inverse_s, u = s_hat - columns->t[c] * inverse_t;
+    columns->s[c] = inverse_s * (u - loss * s_hat) / columns->count[c];
   }
-  // G of visual rows in place of S; all other rows have none.
+  return loss;
+}
+
+// G in place of S; rows that are not visual have none.
+void write_g(const Axis& axis, int64_t s, const Filter& filter, const std::vector<double>& g,
+             float* map) {
   for (int slot = 0; slot < axis.n_slots; ++slot) {
     const int64_t* panel = axis.panel(s, slot);
     for (int64_t p = panel[1]; p < panel[2]; ++p) {
-      const bool visual = codes[p] >= 0 && (codes[p] & 1);
+      const bool visual = is_visual(axis, s, p);
       for (int j = 0; j < kTile; ++j) {
         const int64_t at = (panel[0] + p) * kTile + j;
-        const bool has_g = visual && kept(at);
-        map[at] = has_g ? static_cast<float>(pooled_s[slot * kTile + j]) : 0.0f;
+        const bool kept = visual && filter.keeps(at);
+        map[at] = kept ? static_cast<float>(g[slot * kTile + j]) : 0.0f;
       }
     }
   }
+}
+
+double pooled_sample(const Axis& axis, int64_t s, float* map, const float* target) {
+  double n_visual = 0;
+  for (int i = axis.begin(s); i < axis.end(s); ++i) n_visual += is_visual(axis, s, i);
+  if (n_visual < 2) {
+    fill_map(axis, s, map, 0);
+    return 0;
+  }
+  const Filter filter = {map, target, threshold(axis, s, map, n_visual),
+                         threshold(axis, s, target, n_visual)};
+  if (std::isnan(filter.most_s + filter.most_t)) {
+    // A NaN fails every comparison of the filter and must still show.
+    fill_map(axis, s, map, std::numeric_limits<float>::quiet_NaN());
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  Columns columns = pool(axis, s, filter);
+  if (std::min(columns.max_s, columns.max_t) < FLT_MIN) {
+    // The authors' cosine is 0 where nothing survives the filter: loss 1, without a gradient.
+    fill_map(axis, s, map, 0);
+    return 1;
+  }
+  const double loss = cosine(&columns);
+  write_g(axis, s, filter, columns.s, map);
   return loss;
 }
 

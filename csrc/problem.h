@@ -36,7 +36,7 @@ struct View {
 // The tables of a VisualLayout (layout.py, schedule.py); positions are on the axis of a sample.
 struct Axis {
   int64_t n_samples = 0, n_tokens = 0, n_slots = 0, n_tiles = 0, map_rows = 0;
-  int64_t length = 0;  // tokens of a sample of a padded batch; 0 for a packed one
+  int64_t length = 0;                   // tokens of a sample of a padded batch; 0 for a packed one
   const int32_t* samples = nullptr;     // (n_samples, 5)
   const int32_t* codes = nullptr;       // (n_tokens,)
   const int32_t* bounds = nullptr;      // (n_tokens, 2)
@@ -73,7 +73,9 @@ struct Axis {
   CDFAST_INLINE int64_t row_base(int64_t s, int64_t head, int64_t n_heads) const {
     return packed() ? head * n_tokens : (s * n_heads + head) * length;
   }
-  CDFAST_INLINE const int64_t* panel(int64_t s, int slot) const { return panels + 3 * (s * n_slots + slot); }
+  CDFAST_INLINE const int64_t* panel(int64_t s, int slot) const {
+    return panels + 3 * (s * n_slots + slot);
+  }
 };
 
 // Rows [begin, end) of a sample, all in one tile of the axis.
@@ -97,8 +99,8 @@ struct Problem {
   View q, k, v, out, d_out, dq, dk, dv;
   float* lse = nullptr;  // written by the attention forward, else read
   const float* d_lse = nullptr;
-  float* delta = nullptr;  // written by the backward over rows, read by the one over keys
-  float* map = nullptr;    // S, zeros on entry of a forward; G in a backward
+  float* delta = nullptr;         // written by the backward over rows, read by the one over keys
+  float* map = nullptr;           // S, zeros on entry of a forward; G in a backward
   const float* d_loss = nullptr;  // (n_samples,)
   // The modular form: keys in slots only, entries only; `delta` receives the gradient of lse.
   bool modular = false;
@@ -124,10 +126,10 @@ struct PackedTiles {
 
 // Memory of one thread; what a pass does not use is null.
 struct Scratch {
-  float* q;        // (kTile, dim_pad), as d_o and acc
+  float* q;  // (kTile, dim_pad), as d_o and acc
   float* d_o;
   float* acc;
-  float* s;        // (key tiles, kTile, kTile), as dp
+  float* s;  // (key tiles, kTile, kTile), as dp
   float* dp;
   float* keys;     // backward_keys: k_t, v_t, dk, dv of each key tile
   KeyTile* tiles;  // one per key tile of the longest sample

@@ -1,5 +1,5 @@
-// Vectors of CDFAST_VECTOR_BYTES, and the functions that the kernels need on them. Included once per
-// instruction set, into a namespace of its own.
+// Vectors of CDFAST_VECTOR_BYTES, and the functions that the kernels need on them. Included once
+// per instruction set, into a namespace of its own.
 #pragma once
 
 #include <cstdint>
@@ -102,7 +102,8 @@ static CDFAST_INLINE float from_f16(uint16_t x) {
   const uint32_t magnitude = x & 0x7fffu, sign = static_cast<uint32_t>(x & 0x8000u) << 16;
   const uint32_t exponent = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;
   const uint32_t normal = (magnitude << 13) + exponent;
-  const uint32_t subnormal = to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t subnormal =
+      to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return from_bits((magnitude < 0x400u ? subnormal : normal) | sign);
 }
 

@@ -51,8 +51,8 @@ static void zero_row(const View& x, int64_t offset, int64_t dim) {
   std::memset(static_cast<char*>(x.data) + offset * size, 0, dim * size);
 }
 
-// Rows [begin, end) of one head as (rows, dim_pad): zeros at padding, in the columns past dim and in
-// the rows up to a multiple of 4.
+// Rows [begin, end) of one head as (rows, dim_pad): zeros at padding, in the columns past dim and
+// in the rows up to a multiple of 4.
 static void load_rows(const Problem& p, const View& x, const RowTile& at, int64_t head, float scale,
                       float* to) {
   const int32_t* codes = p.axis.codes + p.axis.token_base(at.sample);

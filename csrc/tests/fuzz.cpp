@@ -1,7 +1,8 @@
 // Random layouts through the scheduler and every pass, for the sanitizers: fuzz [first] [last]
 //
 // Buffers have their exact sizes and are filled with NaN, so that a read outside, an output that is
-// skipped and a use of padding are seen. Values are held against loops that share no code with csrc/.
+// skipped and a use of padding are seen. Values are held against loops that share no code with
+// csrc/.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -81,11 +82,13 @@ void draw(Random& random, Batch* batch) {
   for (int64_t s = 0; s < batch->n_samples; ++s) {
     int64_t id = with_prefix ? 0 : 1;
     const int64_t n = batch->starts[s + 1] - batch->starts[s];
-    const int64_t first = random.number(0, static_cast<int>(n)), last = random.number(0, static_cast<int>(n));
+    const int64_t first = random.number(0, static_cast<int>(n)),
+                  last = random.number(0, static_cast<int>(n));
     const bool padded = !batch->packed && random.chance(0.6), holes = random.chance(0.2);
     for (int64_t i = 0; i < n; ++i) {
       id += random.chance(steps) ? random.number(1, 3) : 0;
-      const bool live = !padded || (i >= first / 2 && i < n - last / 2 && !(holes && random.chance(0.2)));
+      const bool live =
+          !padded || (i >= first / 2 && i < n - last / 2 && !(holes && random.chance(0.2)));
       batch->live.push_back(live);
       batch->visual.push_back(random.chance(visual));
       batch->segment.push_back(batch->packed || steps == 0 ? 0 : live ? id : random.number(-3, 3));
@@ -107,13 +110,25 @@ void build(Batch* b) {
   b->codes.resize(b->n_tokens);
   b->entries.resize(b->n_tokens);
   b->bounds.resize(2 * b->n_tokens);
-  const Tokens tokens = {b->n_samples, b->length, b->n_tokens, b->visual.data(), b->live.data(),
-                         b->segment.data(), b->packed ? b->starts.data() : nullptr};
-  const LayoutTables tables = {b->view_live.data(), b->view_visual.data(), b->view_segment.data(),
+  const Tokens tokens = {b->n_samples,
+                         b->length,
+                         b->n_tokens,
+                         b->visual.data(),
+                         b->live.data(),
+                         b->segment.data(),
+                         b->packed ? b->starts.data() : nullptr};
+  const LayoutTables tables = {b->view_live.data(),
+                               b->view_visual.data(),
+                               b->view_segment.data(),
                                b->packed ? b->gather.data() : nullptr,
-                               b->packed ? b->scatter.data() : nullptr, b->start.data(),
-                               b->image_samples.data(), b->samples.data(), b->counts.data(),
-                               b->codes.data(), b->bounds.data(), b->entries.data()};
+                               b->packed ? b->scatter.data() : nullptr,
+                               b->start.data(),
+                               b->image_samples.data(),
+                               b->samples.data(),
+                               b->counts.data(),
+                               b->codes.data(),
+                               b->bounds.data(),
+                               b->entries.data()};
   const LayoutFacts facts = build_layout(tokens, tables);
   require(facts.segments_ordered, "ordered segments were refused");
   b->slot_tiles.resize(b->n_samples * facts.n_slots);
