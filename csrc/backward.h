@@ -31,12 +31,18 @@ static float dot_row(const float* a, const float* b) {
   return sum(total);
 }
 
-// Turns dP into dS in one row of one tile.
-static void d_scores_row(const float* probs, const float* g, float delta, float factor,
+static float sum_row(const float* a) {
+  Vec total = Vec{};
+  for (int j = 0; j < kTile; j += kWidth) total += load(a + j);
+  return sum(total);
+}
+
+// Turns dP into dS in one row of one tile, P = norm * probs.
+static void d_scores_row(const float* probs, float norm, const float* g, float delta, float factor,
                          float* d_probs) {
-  const Vec shift = splat(delta), c = splat(factor);
+  const Vec shift = splat(delta), c = splat(factor), scale = splat(norm);
   for (int j = 0; j < kTile; j += kWidth) {
-    const Vec prob = load(probs + j);
+    const Vec prob = load(probs + j) * scale;
     Vec ds = prob * (load(d_probs + j) - shift);
     if (g != nullptr) ds += (prob * load(g + j)) * c;
     store(d_probs + j, ds);
@@ -51,23 +57,28 @@ static void d_scores(const Problem& p, const RowTile& at, const RowInfo& rows, i
   for (int r = 0; r < rows.n; ++r) {
     if (!rows.live[r]) {
       p.delta[base + r] = 0;
+      if (p.norm != nullptr) p.norm[base + r] = 1;
       continue;
     }
-    double plain = 0, aligned = 0;
+    double total = 0, plain = 0, aligned = 0;
     for (int t = 0; t < n_tiles; ++t) {
       const float* probs = w.s + t * kBlock + r * kTile;
       const float* g = g_row(p, at.sample, w.tiles[t], at.begin + r);
+      total += sum_row(probs);
       if (p.d_out.data != nullptr) plain += dot_row(probs, w.dp + t * kBlock + r * kTile);
       if (g != nullptr) aligned += dot_row(probs, g);
     }
-    double delta = plain + c * aligned;
+    // exp(s - lse) has the rounding of lse in common; without it rows sum to 1.
+    const float norm = p.norm == nullptr ? 1.0f : static_cast<float>(1 / total);
+    if (p.norm != nullptr) p.norm[base + r] = norm;
+    double delta = norm * (plain + c * aligned);
     if (p.d_lse != nullptr) delta -= p.d_lse[base + r];
     p.delta[base + r] = static_cast<float>(p.modular ? 0.0 - delta : delta);
     const float shift = p.modular ? 0.0f : static_cast<float>(delta);
     for (int t = 0; t < n_tiles; ++t) {
       const float* g = g_row(p, at.sample, w.tiles[t], at.begin + r);
       const int64_t block = t * kBlock + r * kTile;
-      d_scores_row(w.s + block, g, shift, c, w.dp + block);
+      d_scores_row(w.s + block, norm, g, shift, c, w.dp + block);
     }
   }
 }
@@ -83,7 +94,7 @@ static void backward_rows_head(const Problem& p, const PackedTiles& packed, int6
     float* probs = w.s + t * kBlock;
     float* d_probs = w.dp + t * kBlock;
     product<false>(rows.n_pad, kTile, dim, {w.q, pad, 1}, tile + packed.k_t, kTile, probs, kTile);
-    probabilities(p, at, rows, head, w.tiles[t], probs);
+    probabilities(p, at, rows, head, w.tiles[t], nullptr, probs);
     if (p.d_out.data == nullptr) {
       std::memset(d_probs, 0, sizeof(float) * kBlock);
       continue;
@@ -139,7 +150,7 @@ static void add_rows_to_keys(const Problem& p, const RowTile& at, const RowInfo&
   const int64_t base = p.axis.row_base(at.sample, head, p.heads) + at.begin;
   const float c = loss_factor(p, at.sample);
   product<false>(rows.n_pad, kTile, dim, {w.q, pad, 1}, keys.k_t, kTile, w.s, kTile);
-  probabilities(p, at, rows, head, tile, w.s);
+  probabilities(p, at, rows, head, tile, p.norm, w.s);
   if (p.d_out.data != nullptr) {
     product<false>(rows.n_pad, kTile, dim, {w.d_o, pad, 1}, keys.v_t, kTile, w.dp, kTile);
     product<true>(kTile, pad, rows.n_pad, {w.s, 1, kTile}, w.d_o, pad, keys.dv, pad);
@@ -149,7 +160,7 @@ static void add_rows_to_keys(const Problem& p, const RowTile& at, const RowInfo&
   for (int r = 0; r < rows.n; ++r) {
     const float* g = g_row(p, at.sample, tile, at.begin + r);
     const float delta = p.modular || !rows.live[r] ? 0.0f : p.delta[base + r];
-    d_scores_row(w.s + r * kTile, g, delta, c, w.dp + r * kTile);
+    d_scores_row(w.s + r * kTile, 1.0f, g, delta, c, w.dp + r * kTile);
   }
   product<true>(kTile, pad, rows.n_pad, {w.dp, 1, kTile}, w.q, pad, keys.dk, pad);
 }

@@ -128,6 +128,8 @@ void set_rows(Problem& p, const std::string& name, uintptr_t at) {
     p.d_lse = address<const float>(at);
   } else if (name == "delta") {
     p.delta = address<float>(at);
+  } else if (name == "norm") {
+    p.norm = address<float>(at);
   } else if (name == "map") {
     p.map = address<float>(at);
   } else if (name == "d_loss") {

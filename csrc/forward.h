@@ -140,7 +140,7 @@ static void map_rows(const Problem& p, const PackedTiles& packed, const RowTask&
       load_rows(p, p.q, task.rows, head, p.scale, w.q);
       scores(p, packed, pair, rows, n_tiles, w);
       for (int t = 0; t < n_tiles; ++t) {
-        probabilities(p, task.rows, rows, head, w.tiles[t], w.s + t * kBlock);
+        probabilities(p, task.rows, rows, head, w.tiles[t], nullptr, w.s + t * kBlock);
       }
       add_head_to_map(p, task.rows, rows, n_tiles, map_scale, w);
     }

@@ -100,6 +100,7 @@ struct Problem {
   float* lse = nullptr;  // written by the attention forward, else read
   const float* d_lse = nullptr;
   float* delta = nullptr;         // written by the backward over rows, read by the one over keys
+  float* norm = nullptr;          // as delta; what exp(s - lse) must be multiplied by to sum to 1
   float* map = nullptr;           // S, zeros on entry of a forward; G in a backward
   const float* d_loss = nullptr;  // (n_samples,)
   // The modular form: keys in slots only, entries only; `delta` receives the gradient of lse.

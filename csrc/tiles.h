@@ -162,10 +162,12 @@ static void hide(const Axis& axis, const RowTile& at, const RowInfo& rows, int t
   }
 }
 
-// Turns a tile of scores into exp(s - lse); 0 at hidden keys, in rows at padding and past the last.
+// Turns a tile of scores into exp(s - lse), times `norm` where given; 0 at hidden keys, in rows at
+// padding and past the last.
 static void probabilities(const Problem& p, const RowTile& at, const RowInfo& rows, int64_t head,
-                          const KeyTile& tile, float* block) {
-  const float* lse = p.lse + p.axis.row_base(at.sample, head, p.heads) + at.begin;
+                          const KeyTile& tile, const float* norm, float* block) {
+  const int64_t base = p.axis.row_base(at.sample, head, p.heads) + at.begin;
+  const float* lse = p.lse + base;
   for (int r = 0; r < rows.n_pad; ++r) {
     float* row = block + r * kTile;
     if (r >= rows.n || !rows.live[r]) {
@@ -173,7 +175,8 @@ static void probabilities(const Problem& p, const RowTile& at, const RowInfo& ro
       continue;
     }
     const Vec shift = splat(lse[r]);
-    for (int j = 0; j < kTile; j += kWidth) store(row + j, exp(load(row + j) - shift));
+    const Vec scale = splat(norm == nullptr ? 1.0f : norm[base + r]);
+    for (int j = 0; j < kTile; j += kWidth) store(row + j, exp(load(row + j) - shift) * scale);
   }
   // Selected after the exponential: a NaN or an infinite lse must not show at a hidden key.
   if (tile.masked) hide(p.axis, at, rows, tile.tile, p.modular, 0.0f, block);

@@ -301,7 +301,9 @@ std::vector<float> run(const Batch& b, Tensors& t, const Kernels& kernels, int o
   keep(dq, "dq of the modular form");
   keep(dk, "dk of the modular form");
   keep(delta, "dlse of the modular form");
+  std::vector<float> norm(lse.size(), kNan);
   p.modular = false;
+  p.norm = norm.data();
   p.d_lse = t.d_lse.data();
   p.d_out = view_of(b, t.d_out, t.heads, t.dim);
   p.dv = view_of(b, dv, t.kv_heads, t.dim);

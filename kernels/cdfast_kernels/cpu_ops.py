@@ -168,11 +168,11 @@ def attention_backward(
     map_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of attention and, where g and d_loss are given, of the loss with it."""
-    dq, dk, dv, delta = _empty(q), _empty(k), _empty(v), torch.empty_like(lse)
+    dq, dk, dv = _empty(q), _empty(k), _empty(v)
     problem = _problem(q, k, scale, tables, Host(length, map_rows))
     # Names keep what they point to until the call has returned.
     views = {"v": v, "dq": dq, "dk": dk, "dv": dv}
-    rows = {"lse": lse.contiguous(), "delta": delta}
+    rows = {"lse": lse.contiguous(), "delta": _empty_lse(q), "norm": _empty_lse(q)}
     if d_out is not None:
         views["d_out"] = _last_contiguous(d_out)
     if d_lse is not None:
