@@ -78,7 +78,7 @@ _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
         Settings(128, 32, 8, 2),
         Settings(32, 64, 8, 2),
         Settings(128, 64, 8, 2),
-        Settings(64, 64, 8, 2),
+        Settings(32, 64, 8, 3),
     ),
     (80, 64, 2): (
         Settings(128, 64, 4, 2),
