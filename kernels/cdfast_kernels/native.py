@@ -1,5 +1,6 @@
 """The compiled extension `cdfast_kernels._C` (csrc/): loading it, and why it is absent."""
 
+import importlib
 import os
 import warnings
 from typing import Any
@@ -13,16 +14,16 @@ ISA_VARIABLE = "CDFAST_CPU_ISA"
 def _load() -> tuple[Any, str | None]:
     """The module and None, or None and the reason."""
     try:
-        from cdfast_kernels import _C  # type: ignore[attr-defined]
+        extension = importlib.import_module("cdfast_kernels._C")
     except ImportError as error:
         return None, f"the extension cdfast_kernels._C was not built or cannot be loaded ({error})"
     isa = os.environ.get(ISA_VARIABLE)
     try:
         if isa:
-            _C.use_isa(isa)
+            extension.use_isa(isa)
     except ValueError as error:
         return None, f"{ISA_VARIABLE}: {error}"
-    return _C, None
+    return extension, None
 
 
 EXTENSION, REASON = _load()
