@@ -199,6 +199,16 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def ran_on(options):
+    """The backend behind "auto"."""
+    if options.backend != "auto":
+        return options.backend
+    from cdfast_kernels import available_backends
+
+    own = "triton" if options.device.startswith("cuda") else "cpu"
+    return own if available_backends()[own] is None else "reference"
+
+
 def main():
     options = parse()
     if options.variant:
@@ -233,6 +243,7 @@ def main():
     sizes = {k: v for k, v in vars(options).items() if k not in ("json", "variant")}
     report = {
         "command": " ".join(["python benchmarks/bench_train_step.py", *sys.argv[1:]]),
+        "ran_on": ran_on(options),
         "sizes": sizes,
         "python": platform.python_version(),
         "torch": torch.__version__,

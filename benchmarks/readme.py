@@ -23,7 +23,7 @@ LABELS = {
 }
 VARIANTS = {
     "kd": "LM + KL, no alignment",
-    "dft": "+ alignment, cdfast `reference`",
+    "dft": "+ alignment, cdfast `{ran_on}`",
     "eager": "+ alignment, eager attention, every map materialised",
 }
 
@@ -42,7 +42,7 @@ def step_table(report):
     ]
     for row in report["rows"]:
         lines.append(
-            f"| {VARIANTS[row['variant']]} | {row['seconds']:.2f} "
+            f"| {VARIANTS[row['variant']].format(**report)} | {row['seconds']:.2f} "
             f"| {row['seconds_over_kd']:.2f}x | {row['peak_bytes_of_step'] / 2**30:.2f} "
             f"| {row['peak_bytes_of_step_over_kd']:.2f}x |"
         )

@@ -16,14 +16,32 @@ import hashlib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
+from cdfast_kernels import native
 from cdfast_kernels.errors import bad_argument
 from cdfast_kernels.schedule import Schedule, build_schedule
 
 # Maps are stored in key tiles of this width; a tile without a visual key takes no space.
 MAP_TILE = 64
+
+
+class _Content:
+    """What makes two layouts equal, on the host; the digest is taken when it is first asked for."""
+
+    def __init__(self, shape: tuple[int, ...], schedule: Schedule) -> None:
+        self._shape, self._tables = shape, (schedule.samples, schedule.codes)
+        self._digest: bytes | None = None
+
+    def digest(self) -> bytes:
+        if self._digest is None:
+            digest = hashlib.blake2b(repr(self._shape).encode(), digest_size=16)
+            for table in self._tables:
+                digest.update(table.numpy().tobytes())
+            self._digest = digest.digest()
+        return self._digest
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,7 +83,7 @@ class VisualLayout:
     num_image_samples: int
     is_causal: bool
     is_prefix_causal: bool
-    _digest: bytes
+    _content: _Content
 
     @classmethod
     def from_mask(cls, visual_mask: Tensor, attention_mask: Tensor | None = None) -> VisualLayout:
@@ -82,11 +100,8 @@ class VisualLayout:
             ValueError: a shape or dtype is not as above.
         """
         _check_mask("visual_mask", visual_mask, ndim=2)
-        visual = visual_mask.detach().cpu()
-        live = _host_live(visual_mask, attention_mask)
-        segment = torch.zeros(visual.shape, dtype=torch.int64)
-        layout = _build(tuple(visual.shape), live, visual, segment)
-        return layout.to(visual_mask.device)
+        _check_attention_mask(visual_mask, attention_mask)
+        return _build(visual_mask, attention_mask).to(visual_mask.device)
 
     @classmethod
     def from_segments(
@@ -113,12 +128,8 @@ class VisualLayout:
             raise bad_argument("segment_ids", expected, segment_ids, remedy)
         if segment_ids.dtype == torch.bool or segment_ids.is_floating_point():
             raise bad_argument("segment_ids", expected, segment_ids, "Cast it to torch.int64.")
-        visual = visual_mask.detach().cpu()
-        live = _host_live(visual_mask, attention_mask)
-        segment = segment_ids.detach().cpu().to(torch.int64).masked_fill(~live, 0)
-        _check_segment_order(segment, live)
-        layout = _build(tuple(visual.shape), live, visual, segment)
-        return layout.to(visual_mask.device)
+        _check_attention_mask(visual_mask, attention_mask)
+        return _build(visual_mask, attention_mask, segment_ids).to(visual_mask.device)
 
     @classmethod
     def from_packed(cls, cu_seqlens: Tensor, visual_mask: Tensor) -> VisualLayout:
@@ -135,20 +146,8 @@ class VisualLayout:
             ValueError: a shape or dtype is not as above, or cu_seqlens does not cover the tokens.
         """
         _check_mask("visual_mask", visual_mask, ndim=1)
-        total = visual_mask.shape[0]
-        cu = _host_cu_seqlens(cu_seqlens, total)
-        lengths = cu.diff()
-        n_samples, length = len(lengths), int(lengths.max()) if len(lengths) else 0
-        place = torch.arange(length)
-        live = place < lengths[:, None]
-        # Padding places of the view read token 0; `live` masks them.
-        gather = (cu[:-1, None] + place).masked_fill(~live, 0)
-        scatter = live.flatten().nonzero().flatten()
-        visual = torch.zeros(n_samples, length, dtype=torch.bool)
-        visual[live] = visual_mask.detach().cpu()
-        segment = torch.zeros(n_samples, length, dtype=torch.int64)
-        layout = _build((total,), live, visual, segment, cu[:-1], gather, scatter)
-        return layout.to(visual_mask.device)
+        cu = _host_cu_seqlens(cu_seqlens, visual_mask.shape[0])
+        return _build(visual_mask, cu_seqlens=cu).to(visual_mask.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VisualLayout:
         """This layout on `device` (itself if it is there already)."""
@@ -249,10 +248,13 @@ class VisualLayout:
         return pack_map(columns, self.start, self.panels, self.map_rows)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, VisualLayout) and self._digest == other._digest
+        if not isinstance(other, VisualLayout):
+            return False
+        same = self._content is other._content
+        return same or self._content.digest() == other._content.digest()
 
     def __hash__(self) -> int:
-        return hash(self._digest)
+        return hash(self._content.digest())
 
     def __repr__(self) -> str:
         kind = "packed" if self.is_packed else "padded"
@@ -289,18 +291,72 @@ def _stored_rows(start: Tensor, length: int, panels: Tensor, map_rows: int) -> T
 
 
 def _build(
-    shape: tuple[int, ...],
-    live: Tensor,
-    visual: Tensor,
-    segment: Tensor,
-    start: Tensor | None = None,
-    gather: Tensor | None = None,
-    scatter: Tensor | None = None,
+    visual_mask: Tensor,
+    attention_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> VisualLayout:
-    """Assemble a layout from host tensors in the batch view."""
-    visual = visual & live
-    if start is None:
+    """The layout of checked masks, on the host; cu_seqlens is an int64 host tensor."""
+    visual = visual_mask.detach().cpu().contiguous()
+    live = None if attention_mask is None else attention_mask.detach().cpu().contiguous()
+    if segment_ids is not None:
+        segment_ids = segment_ids.detach().cpu().to(torch.int64).contiguous()
+    tables: dict[str, Any] | None = None
+    if native.EXTENSION is not None:
+        tables = _native_tables(visual, live, segment_ids, cu_seqlens)
+    if tables is None:
+        # Without the extension; and with it, for the words of a refusal.
+        tables = _python_tables(visual, live, segment_ids, cu_seqlens)
+    schedule = Schedule(**{f.name: tables.pop(f.name) for f in fields(Schedule)})
+    shape = tuple(visual.shape)
+    return VisualLayout(
+        shape=shape, schedule=schedule, _content=_Content(shape, schedule), **tables
+    )
+
+
+def _native_tables(
+    visual: Tensor, live: Tensor | None, segment: Tensor | None, cu: Tensor | None
+) -> dict[str, Any] | None:
+    """`_python_tables` by the extension (csrc/layout.cpp); None if the segment ids are refused."""
+    if cu is None:
+        n_samples, length = visual.shape
+    else:
+        lengths = cu.diff()
+        n_samples, length = len(lengths), int(lengths.max()) if len(lengths) else 0
+    addresses = (0 if x is None else x.data_ptr() for x in (visual, live, segment, cu))
+    tables = native.EXTENSION.layout_tables(n_samples, length, visual.numel(), *addresses)
+    if tables is None:
+        return None
+    for name, value in tables.items():
+        if isinstance(value, numpy.ndarray):
+            tables[name] = torch.from_numpy(value)
+    return tables
+
+
+def _python_tables(
+    visual: Tensor, live: Tensor | None, segment: Tensor | None, cu: Tensor | None
+) -> dict[str, Any]:
+    """Fields of VisualLayout and Schedule of host tensors: the oracle of csrc/layout.cpp."""
+    # The layout must not change when the caller reuses the buffer.
+    live = torch.ones_like(visual) if live is None else live.clone()
+    gather = scatter = None
+    if segment is not None:
+        segment = segment.masked_fill(~live, 0)
+        _check_segment_order(segment, live)
+    if cu is None:
+        visual = visual & live
         start = torch.zeros(live.shape[0], dtype=torch.int64)
+    else:
+        lengths, start, tokens = cu.diff(), cu[:-1].clone(), visual
+        place = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        live = place < lengths[:, None]
+        # Padding places of the view read token 0; `live` masks them.
+        gather = (start[:, None] + place).masked_fill(~live, 0)
+        scatter = live.flatten().nonzero().flatten()
+        visual = torch.zeros_like(live)
+        visual[live] = tokens
+    if segment is None:
+        segment = torch.zeros(live.shape, dtype=torch.int64)
     slot_tiles = _slot_tiles(visual, start)
     schedule = build_schedule(live, visual, segment, start, slot_tiles, scatter, MAP_TILE)
     heights = schedule.panels[..., 2] - schedule.panels[..., 1]
@@ -308,27 +364,21 @@ def _build(
     highest = segment.amax(1, keepdim=True) if segment.numel() else segment
     one_segment = bool(((segment == 0) | (segment == highest)).all())
     padded_right = bool((live[:, 1:] <= live[:, :-1]).all())
-    content = (live.numpy(), visual.numpy(), segment.numpy())
-    digest = hashlib.blake2b(repr((shape, tuple(live.shape))).encode(), digest_size=16)
-    for array in content:
-        digest.update(array.tobytes())
-    return VisualLayout(
-        shape=shape,
-        live=live,
-        visual=visual,
-        segment=segment,
-        start=start,
-        slot_tiles=slot_tiles,
-        image_samples=image_samples,
-        gather=gather,
-        scatter=scatter,
-        schedule=schedule,
-        map_rows=int(heights.sum()),
-        num_image_samples=int(image_samples.sum()),
-        is_causal=gather is None and one_segment and bool(live.all()),
-        is_prefix_causal=gather is None and one_segment and padded_right,
-        _digest=digest.digest(),
-    )
+    return {
+        "live": live,
+        "visual": visual,
+        "segment": segment,
+        "start": start,
+        "slot_tiles": slot_tiles,
+        "image_samples": image_samples,
+        "gather": gather,
+        "scatter": scatter,
+        "map_rows": int(heights.sum()),
+        "num_image_samples": int(image_samples.sum()),
+        "is_causal": gather is None and one_segment and bool(live.all()),
+        "is_prefix_causal": gather is None and one_segment and padded_right,
+        **{f.name: getattr(schedule, f.name) for f in fields(schedule)},
+    }
 
 
 def _slot_tiles(visual: Tensor, start: Tensor) -> Tensor:
@@ -356,17 +406,14 @@ def _check_mask(name: str, mask: Tensor, ndim: int) -> None:
         raise bad_argument(name, expected, mask, remedy)
 
 
-def _host_live(visual_mask: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Own host copy of the attention mask, all True where none is given."""
+def _check_attention_mask(visual_mask: Tensor, attention_mask: Tensor | None) -> None:
     if attention_mask is None:
-        return torch.ones(visual_mask.shape, dtype=torch.bool)
+        return
     _check_mask("attention_mask", attention_mask, ndim=2)
     if attention_mask.shape != visual_mask.shape:
         expected = f"the shape of visual_mask, {tuple(visual_mask.shape)}"
         remedy = "Both masks describe the same (B, N) tokens."
         raise bad_argument("attention_mask", expected, attention_mask, remedy)
-    # The layout must not change when the caller reuses the buffer.
-    return attention_mask.detach().cpu().clone()
 
 
 def _check_segment_order(segment: Tensor, live: Tensor) -> None:

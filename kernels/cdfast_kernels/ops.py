@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdfast_kernels import native
 from cdfast_kernels.errors import bad_argument
 from cdfast_kernels.layout import MAP_TILE, VisualLayout
 from cdfast_kernels.reference import (
@@ -36,6 +37,8 @@ ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 # What the Triton kernels are written for.
 TRITON_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What the CPU kernels are written for, with any head size.
+CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -52,6 +55,7 @@ def available_backends() -> dict[str, str | None]:
     }
     reasons["reference"] = None
     reasons["triton"] = _why_not_triton()
+    reasons["cpu"] = native.REASON
     reasons |= {name: _libraries().why_not(name) for name in ATTENTION_BACKENDS}
     return reasons
 
@@ -101,6 +105,8 @@ def flash_attention(
     with torch.autocast(q.device.type, enabled=False):
         if _runs_on_triton(backend, q):
             return _triton().flash_attention_triton(q, k, v, layout, scale)
+        if _runs_on_cpu(backend, q):
+            return _cpu().flash_attention_cpu(q, k, v, layout, scale)
         if backend in ATTENTION_BACKENDS:
             _libraries().check_library(q, layout, backend)
             return _libraries().flash_attention_library(q, k, v, layout, scale, backend)
@@ -145,7 +151,11 @@ def visual_attention_map(
     _check_layout(layout, q)
     _check_option("storage", storage, STORAGES)
     on_triton = _runs_on_triton(backend, q)
-    make = _triton().visual_attention_map_triton if on_triton else visual_attention_map_ref
+    make = visual_attention_map_ref
+    if on_triton:
+        make = _triton().visual_attention_map_triton
+    elif _runs_on_cpu(backend, q):
+        make = _cpu().visual_attention_map_cpu
     if storage == "inputs" or (storage == "auto" and on_triton and _is_large(layout, q, k)):
         inputs = MapInputs(q.detach(), k.detach(), lse.detach(), scale)
         return VisualMap(None, layout, (inputs,), make)
@@ -208,6 +218,8 @@ def visual_alignment_loss(
         run = visual_alignment_loss_ref
         if _runs_on_triton(backend, q):
             run = _triton().visual_alignment_loss_triton
+        elif _runs_on_cpu(backend, q):
+            run = _cpu().visual_alignment_loss_cpu
         return run(q, k, lse, target, layout, scale, objective, reduction)
 
 
@@ -252,6 +264,8 @@ def flash_attention_with_alignment(
         run = flash_attention_with_alignment_ref
         if _runs_on_triton(backend, q):
             run = _triton().flash_attention_with_alignment_triton
+        elif _runs_on_cpu(backend, q):
+            run = _cpu().flash_attention_with_alignment_cpu
         return run(q, k, v, target, layout, scale, objective, reduction)
 
 
@@ -272,6 +286,13 @@ def _triton() -> ModuleType:
     from cdfast_kernels import triton_ops
 
     return triton_ops
+
+
+def _cpu() -> ModuleType:
+    """The CPU backend, imported at its first use only."""
+    from cdfast_kernels import cpu_ops
+
+    return cpu_ops
 
 
 def _libraries() -> ModuleType:
@@ -317,6 +338,25 @@ def _runs_on_triton(backend: str, q: Tensor) -> bool:
     if q.dtype == torch.bfloat16 and _interpreting():
         # Its matrix product multiplies the bits of bfloat16 as integers.
         expected = "float16 or float32 for the triton backend in the Triton interpreter"
+        raise bad_argument("q", expected, q, remedy)
+    return True
+
+
+def _runs_on_cpu(backend: str, q: Tensor) -> bool:
+    """Whether the CPU kernels take q; ValueError if they were asked for and do not."""
+    if backend == "auto":
+        if q.device.type != "cpu" or q.dtype not in CPU_DTYPES:
+            return False
+        if native.REASON is not None:
+            native.warn_once()
+        return native.REASON is None
+    if backend != "cpu":
+        return False
+    remedy = 'Use backend="auto" or "reference".'
+    if q.device.type != "cpu":
+        raise bad_argument("q", "a CPU tensor for the cpu backend", q, remedy)
+    if q.dtype not in CPU_DTYPES:
+        expected = "float16, bfloat16 or float32 for the cpu backend"
         raise bad_argument("q", expected, q, remedy)
     return True
 

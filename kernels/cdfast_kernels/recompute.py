@@ -18,8 +18,8 @@ def keep_alignment() -> tuple[AbstractContextManager, AbstractContextManager]:
     ```
 
     Kept per call, for T tokens: out (H d T numbers of q's dtype), the LSE (4 H T bytes), and with
-    an alignment loss G (as large as a stored map) and 4 T bytes. The backends triton, sdpa,
-    flash_attn and xformers are operators of the package; `reference` is made of torch's own
+    an alignment loss G (as large as a stored map) and 4 T bytes. The backends triton, cpu,
+    sdpa, flash_attn and xformers are operators of the package; `reference` is made of torch's own
     operations, which are repeated as without this.
 
     Returns:

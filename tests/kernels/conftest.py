@@ -21,6 +21,7 @@ from tests.kernels.on_device import DEVICE, put_on_device
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ALIGNMENT_BACKENDS = ("reference", "cpu", "triton")
+ALIGNMENT_BACKENDS = [b for b in ALIGNMENT_BACKENDS if b != "cpu" or DEVICE == "cpu"]
 USABLE_BACKENDS = [b for b in ALIGNMENT_BACKENDS if available_backends()[b] is None]
 
 # Of a test with many cases, those that the interpreter runs by default. Tests not named run whole.
