@@ -107,8 +107,8 @@ _LAUNCH: dict[tuple[int, int, int], tuple[Settings, ...]] = {
         Settings(32, 32, 8, 1),
         Settings(32, 32, 8, 1),
     ),
-    (80, 128, 4): (Settings(32, 32, 4, 1, False),) * 7,
-    (80, 256, 4): (Settings(16, 32, 4, 1, False),) * 7,
+    (80, 128, 4): (Settings(32, 32, 8, 1, False),) * 7,
+    (80, 256, 4): (Settings(16, 32, 8, 1, False),) * 7,
 }
 # Without matrix products.
 _ROWS = Settings(32, 64, 4, 1)
