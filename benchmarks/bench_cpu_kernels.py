@@ -15,6 +15,7 @@ every variant has to return. The host scheduler is timed as well.
 
 import argparse
 import ctypes
+import datetime
 import gc
 import json
 import os
@@ -36,7 +37,7 @@ from cdfast_kernels import (
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
-NAME = "kernels_cpu_202611"
+NAME = f"attention_cpu_{datetime.date.today():%Y%m}"
 VARIANTS = ("sdpa", "attention", "aligned", "eager")
 # tokens, visual tokens, query heads, key heads, head size
 CASES = (
