@@ -302,7 +302,7 @@ def main():
     load = os.getloadavg()[0]
     note = f"Load average {load:.1f} at the start. {options.note}".strip()
     report = {
-        "command": "python benchmarks/bench_cpu_kernels.py",
+        "command": " ".join(["python benchmarks/bench_cpu_kernels.py", *sys.argv[1:]]),
         "device": processor(),
         "threads": options.threads,
         "isa": native.EXTENSION.isa(),
