@@ -14,6 +14,7 @@ from torch.library import custom_op
 
 from cdfast_kernels import native
 from cdfast_kernels.layout import MAP_TILE, VisualLayout
+from cdfast_kernels.reference import reduce_losses
 from cdfast_kernels.visual_map import FP16_SCALE, MAP_DTYPE, VisualMap
 
 # As csrc/problem.h and csrc/alignment.h number them.
@@ -392,7 +393,7 @@ def visual_alignment_loss_cpu(
     reduction: str,
 ) -> Tensor:
     loss, _ = alignment(q, k, lse, target.data, objective, scale, *_axis_arguments(layout))
-    return _reduce(loss, layout, reduction)
+    return reduce_losses(loss, layout, reduction)
 
 
 def flash_attention_with_alignment_cpu(
@@ -407,11 +408,4 @@ def flash_attention_with_alignment_cpu(
 ) -> tuple[Tensor, Tensor]:
     arguments = _axis_arguments(layout)
     out, loss, _, _ = attention_with_alignment(q, k, v, target.data, objective, scale, *arguments)
-    return out, _reduce(loss, layout, reduction)
-
-
-def _reduce(loss: Tensor, layout: VisualLayout, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / max(layout.num_image_samples, 1)
+    return out, reduce_losses(loss, layout, reduction)

@@ -87,6 +87,11 @@ def _alignment_loss(
     else:
         teacher = torch.where(entries, target.to_batch(student.dtype), 0)
         per_sample = _OBJECTIVES[objective](student, teacher, entries, layout)
+    return reduce_losses(per_sample, layout, reduction)
+
+
+def reduce_losses(per_sample: Tensor, layout: VisualLayout, reduction: str) -> Tensor:
+    """ "none": as they are; "sum"; "mean": the sum over the number of samples with an image."""
     if reduction == "none":
         return per_sample
     total = per_sample.sum()

@@ -19,6 +19,7 @@ from cdfast_kernels.attn_fwd import attn_fwd
 from cdfast_kernels.launch import Axis
 from cdfast_kernels.layout import MAP_TILE, VisualLayout
 from cdfast_kernels.map_fwd import Target, visual_map_fwd
+from cdfast_kernels.reference import reduce_losses
 from cdfast_kernels.visual_map import MAP_DTYPE, VisualMap
 
 
@@ -282,7 +283,7 @@ def visual_alignment_loss_triton(
 ) -> Tensor:
     tensors, scales = _target_arguments(target)
     loss, _, _ = alignment(q, k, lse, tensors, scales, objective, scale, *Axis.of(layout).split())
-    return _reduce(loss, layout, reduction)
+    return reduce_losses(loss, layout, reduction)
 
 
 def flash_attention_with_alignment_triton(
@@ -299,17 +300,10 @@ def flash_attention_with_alignment_triton(
     out, loss, _, _, _ = attention_with_alignment(
         q, k, v, tensors, scales, objective, scale, *Axis.of(layout).split()
     )
-    return out, _reduce(loss, layout, reduction)
+    return out, reduce_losses(loss, layout, reduction)
 
 
 def _target_arguments(target: VisualMap) -> tuple[list[Tensor], list[float]]:
     if not target.inputs:
         return [target.data], [1.0]
     return [x for item in target.inputs for x in item[:3]], [x.scale for x in target.inputs]
-
-
-def _reduce(loss: Tensor, layout: VisualLayout, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / max(layout.num_image_samples, 1)
