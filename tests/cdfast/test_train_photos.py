@@ -597,7 +597,8 @@ REFUSED = {
         {"objective": "cosine"},
         "objective: expected one of row, map,.*'cosine'",
     ),
-    "backend that cannot run": ({"backend": "cpu"}, "backend: 'cpu' cannot run here: "),
+    # No extra that the tests need installs it.
+    "backend that cannot run": ({"backend": "xformers"}, "backend: 'xformers' cannot run here: "),
     "empty batches": (
         {"dft.batch-size": 0},
         r"batch_size: stage 2 \(dft\): expected at least 1; got 0",
