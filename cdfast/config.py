@@ -22,6 +22,8 @@ import yaml
 from transformers import TrainingArguments
 
 STAGES = ("pretrain", "sft", "dpt", "dft")
+ZERO_STAGES = (0, 1, 2, 3)
+TEACHER_PLACEMENTS = ("replicated", "sharded", "offloaded")
 MINIATURE = "miniature"
 # The recipe of a command line that names none: the miniature, or, with models or data, this one.
 OWN_MODELS = "compodistill"
@@ -148,6 +150,20 @@ class Recipe:
     backend: str = _option("auto", "cdfast_kernels backend of aligned layers.")
     unshifted_kl_mask: bool = _option(False, "Parity with the authors' code: unshifted KL mask.")
 
+    zero_stage: int = _option(
+        0, "ZeRO: 0 nothing sharded (DDP), 1 optimizer, 2 and gradients, 3 and parameters."
+    )
+    teacher_placement: str = _option(
+        "replicated", "Teacher: replicated on every GPU, sharded over them, or offloaded to CPU."
+    )
+    offload_optimizer: bool = _option(False, "With ZeRO: keep optimizer states in CPU memory.")
+    rank_timeout: float = _option(
+        300.0, "Seconds without a sign of life after which a rank is reported and the run ends."
+    )
+    max_skipped_steps: int = _option(
+        5, "Steps in a row with a non-finite loss or gradient after which the run stops."
+    )
+
     lora_r: int = _option(128, "LoRA rank.")
     lora_alpha: int = _option(256, "LoRA alpha.")
     lora_dropout: float = _option(0.05, "LoRA dropout.")
@@ -174,6 +190,8 @@ class Recipe:
         _choice("dtype", self.dtype, ("float32", "bfloat16"))
         _choice("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16", "float16"))
         _choice("preset", self.preset, ("paper", "official"))
+        _choice("zero_stage", self.zero_stage, ZERO_STAGES)
+        _choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
         if self.evaluate is not None:
             _choice("evaluate", self.evaluate, (MINIATURE,))
 
@@ -198,13 +216,13 @@ class Recipe:
             raise ConfigError("taf: needs a teacher, whose adapter it fetches. Give --taf false.")
 
 
-def _unknown(what: str, got: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(got), list(known), n=1, cutoff=0.5)
+def _unknown(what: str, got: str, known: Sequence[Any]) -> str:
+    near = difflib.get_close_matches(str(got), [str(k) for k in known], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{what}: {got!r} is unknown.{hint} Known: {', '.join(known)}."
+    return f"{what}: {got!r} is unknown.{hint} Known: {', '.join(map(str, known))}."
 
 
-def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def _choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         raise ConfigError(_unknown(name, value, allowed))
 

@@ -238,6 +238,10 @@ def stage_arguments(run: Run, number: int) -> Any:
                 "layer_reduction",
                 "backend",
                 "unshifted_kl_mask",
+                "zero_stage",
+                "teacher_placement",
+                "offload_optimizer",
+                "max_skipped_steps",
             )
         },
         "keep_alignment": stage.keep_alignment,

@@ -54,7 +54,15 @@ from cdfast.stages import (
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
 # What may change when a run is resumed: nothing that the trained weights depend on.
-_FREE_ON_RESUME = ("output_dir", "description", "workers", "compare", "evaluate")
+_FREE_ON_RESUME = (
+    "output_dir",
+    "description",
+    "workers",
+    "compare",
+    "evaluate",
+    "rank_timeout",
+    "max_skipped_steps",
+)
 
 
 def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, Any]:

@@ -65,6 +65,23 @@ class DistillationConfig(TrainingArguments):
             "instead of repeating them (faster on long sequences, more memory)."
         },
     )
+    zero_stage: int = field(
+        default=0,
+        metadata={
+            "help": "ZeRO: 0 nothing sharded (DDP), 1 optimizer, 2 and gradients, 3 and parameters."
+        },
+    )
+    teacher_placement: str = field(
+        default="replicated",
+        metadata={"help": "Teacher: replicated on every GPU, sharded over them, or offloaded."},
+    )
+    offload_optimizer: bool = field(
+        default=False, metadata={"help": "With ZeRO: keep optimizer states in CPU memory."}
+    )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={"help": "Non-finite steps in a row after which the run stops."},
+    )
     unshifted_kl_mask: bool = field(
         default=False,
         metadata={"help": "Parity with the authors' code: mask KL rows with unshifted labels."},
