@@ -122,7 +122,7 @@ def run_variant(variant, options):
 
     from cdfast import VisualAttentionAligner
     from cdfast.aligner import build_layout
-    from cdfast.distill import StudentTask, student_step, teacher_step
+    from cdfast.distill import StudentTask, TeacherTask, student_step, teacher_step
 
     torch.set_num_threads(options.threads)
     teacher, student = models(options)
@@ -142,10 +142,10 @@ def run_variant(variant, options):
             losses = eager_losses(teacher, student, plain, aligner.matches, aligner.image_token_id)
         else:
             chosen = aligner if variant == "dft" else None
-            out = teacher_step(teacher, batch, chosen, logits=True)
-            task = StudentTask(batch["labels"], batch["layout"], out, chosen, False)
+            labels, layout = batch["labels"], batch["layout"]
             inputs = {k: v for k, v in batch.items() if k not in ("labels", "layout")}
-            sums = student_step(student, inputs, task)
+            out = teacher_step(teacher, inputs, TeacherTask(labels, layout, chosen, logits=True))
+            sums = student_step(student, inputs, StudentTask(labels, layout, out, chosen))
             losses = [sums["lm"] / tokens, sums["kl"] / tokens]
             if chosen:
                 losses.append(sums["alignment"] / options.batch)

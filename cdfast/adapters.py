@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from cdfast.engine import make_whole
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig, CdfastLlavaForConditionalGeneration
 
 _TOWER_NAMES = ("vision_tower", "visual", "vision_model")
@@ -33,34 +34,20 @@ def register_taf_classes() -> None:
     CdfastLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 
-class SharedVisionTower(nn.Module):
-    """Stands for the vision towers of two models and runs the one frozen tower once per batch.
-
-    The tower itself is no registered child: optimizers, DDP and sharding see no parameters here,
-    yet `state_dict` contains them under the names that a checkpoint of either model expects.
-
-    Attributes:
-        runs: number of forwards of the tower.
-    """
+class _Run:
+    """A frozen vision tower and what it returned last."""
 
     def __init__(self, tower: nn.Module):
-        super().__init__()
-        tower.requires_grad_(False).eval()
-        self.config = tower.config
-        self._tower = (tower,)  # a tuple hides it from nn.Module's registration
+        self.tower = tower.requires_grad_(False).eval()
+        self.runs = 0
+        self.forget()
+
+    def forget(self) -> None:
         self._input: Tensor | None = None
         self._options: dict[str, Any] = {}
         self._output: Any = None
-        self.runs = 0
 
-    @property
-    def tower(self) -> nn.Module:
-        return self._tower[0]
-
-    def forward(self, pixel_values: Tensor, **options: Any) -> Any:
-        """Features of the batch; the same tensor again returns what was computed the first time."""
-        # transformers adds use_cache here or not, depending on the caller; an encoder has no cache.
-        options.pop("use_cache", None)
+    def __call__(self, pixel_values: Tensor, options: dict[str, Any]) -> Any:
         if pixel_values is not self._input or options != self._options:
             with torch.no_grad():
                 self._output = self.tower(pixel_values, **options)
@@ -69,6 +56,36 @@ class SharedVisionTower(nn.Module):
         # A copy of the container: LLaVA writes its projected features into what the tower returns.
         return copy.copy(self._output)
 
+
+class SharedVisionTower(nn.Module):
+    """Stands for the vision tower of one of several models that run one frozen tower together.
+
+    The tower itself is no registered child: optimizers, DDP and sharding see no parameters here,
+    yet `state_dict` contains them under the names that a checkpoint of either model expects. Each
+    model has a stand-in of its own, because hooks that an engine puts on one model's modules must
+    not fire in the forward of another.
+    """
+
+    def __init__(self, tower: nn.Module | SharedVisionTower):
+        super().__init__()
+        self._run: Any = tower._run if isinstance(tower, SharedVisionTower) else _Run(tower)
+        self.config = self.tower.config
+
+    @property
+    def tower(self) -> nn.Module:
+        return self._run.tower
+
+    @property
+    def runs(self) -> int:
+        """Forwards of the tower, for whichever model."""
+        return self._run.runs
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        """Features of the batch; the same tensor again returns what was computed the first time."""
+        # transformers adds use_cache here or not, depending on the caller; an encoder has no cache.
+        options.pop("use_cache", None)
+        return self._run(pixel_values, options)
+
     def train(self, mode: bool = True) -> SharedVisionTower:
         super().train(mode)
         self.tower.eval()  # frozen: dropout never runs
@@ -76,7 +93,7 @@ class SharedVisionTower(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedVisionTower:
         self.tower._apply(fn, recurse)
-        self._input = self._output = None
+        self._run.forget()
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -117,7 +134,7 @@ def vision_tower(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Module]:
 
 
 def share_vision_tower(teacher: PreTrainedModel, student: PreTrainedModel) -> SharedVisionTower:
-    """Replace both models' vision encoders by one that runs once per batch.
+    """Replace both models' vision encoders by stand-ins of one that runs once per batch.
 
     Where teacher and student have unequal dtypes, the wider one is kept, so that the student is
     saved with exact weights, and each adapter reads its features in its own dtype.
@@ -127,11 +144,13 @@ def share_vision_tower(teacher: PreTrainedModel, student: PreTrainedModel) -> Sh
     """
     teacher_parent, teacher_name, theirs = vision_tower(teacher)
     student_parent, student_name, ours = vision_tower(student)
+    for tower in (theirs, ours):
+        make_whole(tower)  # it runs outside of any engine
     _require_equal_towers(theirs, ours)
     kept = ours if _dtype(ours).itemsize > _dtype(theirs).itemsize else theirs
     shared = kept if isinstance(kept, SharedVisionTower) else SharedVisionTower(kept)
     for parent, name in ((teacher_parent, teacher_name), (student_parent, student_name)):
-        setattr(parent, name, shared)
+        setattr(parent, name, SharedVisionTower(shared))
         adapter = getattr(parent, "multi_modal_projector", None)
         if adapter is not None and _dtype(adapter) != _dtype(kept):
             adapter.register_forward_pre_hook(_in_own_dtype)

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from cdfast.adapters import assemble_student, vision_tower
 from cdfast.config import MINIATURE, ConfigError, Recipe
+from cdfast.engine import sharded_loading, unsharded_loading
 
 IMAGE_TOKEN = "<image>"
 
@@ -48,8 +49,17 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def load_model(source: str | Path, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    source: str | Path, dtype: str, trust_remote_code: bool = False, sharded: bool = False
+) -> PreTrainedModel:
     """A vision-language or causal language model from a checkpoint folder or the hub.
+
+    Args:
+        source: folder or hub name.
+        dtype: of its parameters.
+        trust_remote_code: let the checkpoint bring its own code.
+        sharded: partition it over all ranks as it is loaded; all must call this. Otherwise it is
+            loaded whole, on whichever ranks call.
 
     Raises:
         ConfigError: no configuration or no weights; the message has the loader's reason.
@@ -61,9 +71,9 @@ def load_model(source: str | Path, dtype: str, trust_remote_code: bool = False) 
     )
     loader = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     try:
-        return loader.from_pretrained(
-            source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-        )
+        chosen = getattr(torch, dtype)
+        with sharded_loading(chosen) if sharded else unsharded_loading():
+            return loader.from_pretrained(source, dtype=chosen, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {str(source)!r}: its weights cannot be loaded: {error}"

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from cdfast_kernels import available_backends
-from transformers import PreTrainedModel
+from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from cdfast.adapters import set_trainable, share_vision_tower
 from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe, StageRecipe
 from cdfast.data import DataError, load_dataset
+from cdfast.engine import full_state_dict, is_sharded, release_engine
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import load_config, load_model, teacher_source
 
@@ -44,7 +45,8 @@ class Run:
     folder: Path
     processor: Any
     state: PartialState
-    teacher: PreTrainedModel | None = None
+    # A model; its engine, once a stage has sharded it.
+    teacher: nn.Module | None = None
     # Opened files by (data, roots): checking the records of a large set takes minutes.
     datasets: dict[Any, Any] = field(default_factory=dict)
 
@@ -254,10 +256,12 @@ def stage_arguments(run: Run, number: int) -> Any:
 
 def load_stage_student(run: Run, number: int) -> Any:
     """The student of the stage before, with what this stage trains set, LoRA around it if asked."""
+    from cdfast.trainer import unwrap_model
+
     recipe, stage = run.recipe, run.recipe.stages[number - 1]
     student = load_model(run.student_after(number - 1), recipe.dtype, recipe.trust_remote_code)
     if run.teacher is not None and recipe.share_vision_tower:
-        share_vision_tower(run.teacher, student)
+        share_vision_tower(unwrap_model(run.teacher), student)
     full = stage.stage not in PROJECTOR_ONLY
     set_trainable(student, projector=True, language_model=full and not stage.lora)
     if not (full and stage.lora):
@@ -290,7 +294,10 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         return json.loads((folder / STAGE_FILE).read_text())
     if stage.needs_teacher and run.teacher is None:
         run.teacher = load_model(
-            teacher_source(run.recipe), run.recipe.teacher_dtype, run.recipe.trust_remote_code
+            teacher_source(run.recipe),
+            run.recipe.teacher_dtype,
+            run.recipe.trust_remote_code,
+            sharded=run.recipe.teacher_placement != "replicated",
         )
     with user_errors():
         student = load_stage_student(run, number)
@@ -312,6 +319,8 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - start
     _export(run, trainer, number)
+    run.teacher = trainer.teacher or run.teacher
+    release_engine(trainer.model_wrapped)
     skipped = getattr(trainer.train_dataset, "skipped", None)
     result = {
         "stage": stage.stage,
@@ -346,8 +355,12 @@ def _describe(student: Any, stage: StageRecipe, matches: Any) -> str:
 def _export(run: Run, trainer: Any, number: int) -> None:
     """Write the student after a stage: plain weights, LoRA merged; complete or not there at all."""
     target = run.student_after(number)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    whole = full_state_dict(model)
     if run.state.is_main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        if is_sharded(model):
+            model = load_stage_student(run, number)
+            model.load_state_dict(whole)
         model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)

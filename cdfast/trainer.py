@@ -15,7 +15,15 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
 from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
-from cdfast.distill import LOSS_NAMES, StudentTask, add_student_step, kl_rows, teacher_step
+from cdfast.config import TEACHER_PLACEMENTS, ZERO_STAGES
+from cdfast.distill import LOSS_NAMES, StudentTask, TeacherTask, add_task, kl_rows
+from cdfast.engine import (
+    is_sharded,
+    place_teacher,
+    require_stage,
+    start_zero,
+    zero_config,
+)
 from cdfast.losses import answer_rows
 from cdfast.optim import muon_with_adamw
 from cdfast.similarity import model_inputs
@@ -95,6 +103,7 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._set_up_zero()
         # transformers 5.23 renames gradient_ to activation_checkpointing; 5.17 has the old name.
         new_name = hasattr(self, "activation_checkpointing")
         options = "activation_checkpointing" if new_name else "gradient_checkpointing"
@@ -112,6 +121,44 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0; got {value}.")
+
+    def _set_up_zero(self) -> None:
+        """Join the process group and choose DeepSpeed's configuration, where options ask for it."""
+        if self.zero_stage not in ZERO_STAGES:
+            raise ValueError(f"zero_stage: expected 0, 1, 2 or 3; got {self.zero_stage!r}.")
+        if self.teacher_placement not in TEACHER_PLACEMENTS:
+            raise ValueError(
+                f"teacher_placement: expected one of {', '.join(TEACHER_PLACEMENTS)}; got "
+                f"{self.teacher_placement!r}."
+            )
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError(
+                "offload_optimizer: expected zero_stage 1, 2 or 3, which keeps optimizer states; "
+                "got 0. Give a stage, or leave the option out."
+            )
+        if self.muon_learning_rate is not None and self.zero_stage:
+            raise ValueError(
+                f"muon_learning_rate: expected zero_stage 0, because Muon needs whole matrices and "
+                f"ZeRO shards them; got {self.zero_stage}. Use AdamW, or zero_stage 0."
+            )
+        if self.zero_stage or self.teacher_placement != "replicated":
+            start_zero(self.ddp_timeout)
+        if self.deepspeed:
+            self.zero_stage = _own_stage(self.deepspeed, self.zero_stage)
+        elif self.zero_stage:
+            self.deepspeed = zero_config(self.zero_stage, self.offload_optimizer)
+
+
+def _own_stage(config: str | dict[str, Any], asked: int) -> int:
+    """The ZeRO stage of a DeepSpeed configuration that the user has written."""
+    values = json.loads(Path(config).read_text()) if isinstance(config, str) else config
+    stage = int(values.get("zero_optimization", {}).get("stage", 0))
+    if asked not in (0, stage):
+        raise ValueError(
+            f"zero_stage: expected {stage}, as in the DeepSpeed configuration given; got {asked}. "
+            "Give one of the two."
+        )
+    return stage
 
 
 class LayoutCollator:
@@ -135,7 +182,17 @@ class KeepAlignment(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        keep_alignment_in_layers(unwrap_student(model), self.aligner.student_layers)
+        keep_alignment_in_layers(unwrap_model(model), self.aligner.student_layers)
+
+
+class RequireStage(TrainerCallback):
+    """Ends a run whose student is not run by the ZeRO stage that was asked for."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        require_stage(self.trainer.model_wrapped, args.zero_stage)
 
 
 class DistillationTrainer(Trainer):
@@ -143,8 +200,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: student, a Hugging Face vision-language model or a PEFT model around one.
-        teacher: teacher model on the same tokenizer and visual tokens; None trains with the LM loss
-            alone (then kl_weight and alignment_weight must be 0).
+        teacher: teacher model on the same tokenizer and visual tokens, or the `teacher` of an
+            earlier trainer; None trains with the LM loss alone (then kl_weight and
+            alignment_weight must be 0).
         aligner: an aligner of your own; by default made from the options of `args`.
         args: `DistillationConfig`.
         data_collator: returns input_ids, attention_mask, labels (-100 outside answers, unshifted)
@@ -164,7 +222,7 @@ class DistillationTrainer(Trainer):
         self,
         model: PreTrainedModel | nn.Module,
         args: DistillationConfig,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | nn.Module | None = None,
         aligner: VisualAttentionAligner | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         **kwargs: Any,
@@ -185,14 +243,16 @@ class DistillationTrainer(Trainer):
                 f"teacher: expected a model, because {' and '.join(wanted)} > 0; got None. Give a "
                 "teacher, or set the weights to 0."
             )
-        student = unwrap_student(model)
+        student = unwrap_model(model)
         use_cdfast_attention(student)
         if teacher is not None:
-            teacher.requires_grad_(False).eval()
-            use_cdfast_attention(teacher)
+            teacher_model = unwrap_model(teacher)
+            teacher_model.requires_grad_(False).eval()
+            use_cdfast_attention(teacher_model)
+            add_task(teacher_model)
             if args.alignment_weight > 0 and aligner is None:
                 aligner = VisualAttentionAligner(
-                    teacher,
+                    teacher_model,
                     student,
                     preset=args.preset,
                     matching=args.matching,
@@ -202,18 +262,18 @@ class DistillationTrainer(Trainer):
                     backend=args.backend,
                 )
         self.aligner = aligner if args.alignment_weight > 0 else None
-        self.teacher = teacher if wanted else None
-        add_student_step(student)
+        add_task(student)
         collator = LayoutCollator(data_collator, image_token_id(student))
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
         if self.aligner is not None and args.keep_alignment:
             self.add_callback(KeepAlignment(self.aligner))
         # compute_loss returns sums over global counts, so the parent must not divide again.
         self.model_accepts_loss_kwargs = True
-        if self.teacher is not None:
-            # As nn.Module: the decorator around PreTrainedModel.to hides its signature from mypy.
-            module: nn.Module = self.teacher
-            module.to(args.device)
+        self.add_callback(RequireStage(self))
+        # What runs the teacher: the model, or its engine where it is sharded.
+        self.teacher: nn.Module | None = None
+        if teacher is not None and wanted:
+            self.teacher = place_teacher(teacher, args.teacher_placement, args.device)
         self._sums_since_log: dict[str, Tensor] = {}
         self._steps_since_log = 0
         self._evaluated = torch.zeros(())
@@ -260,24 +320,18 @@ class DistillationTrainer(Trainer):
         if counts is None:
             counts = self._counts(inputs).to(self.args.device)
         aligner = self._calibrated_aligner(inputs)
+        labels, layout = inputs["labels"], inputs["layout"]
+        unshifted = self.args.unshifted_kl_mask
+        given = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
         teacher = None
         if self.teacher is not None:
-            teacher = teacher_step(
-                self.teacher,
-                inputs,
-                aligner,
-                logits=self.args.kl_weight > 0,
-                unshifted_kl_mask=self.args.unshifted_kl_mask,
-            )
-        task = StudentTask(
-            labels=inputs["labels"],
-            layout=inputs["layout"],
-            teacher=teacher,
-            aligner=aligner,
-            unshifted_kl_mask=self.args.unshifted_kl_mask,
-        )
-        student_inputs = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
-        sums: dict[str, Tensor] = model(**student_inputs, task=task)
+            asked = TeacherTask(labels, layout, aligner, self.args.kl_weight > 0, unshifted)
+            with torch.no_grad():
+                self.teacher(**given, task=asked)
+            teacher = asked.output
+        zero = self.args.zero_stage > 0
+        task = StudentTask(labels, layout, teacher, aligner, unshifted, blank_image=zero)
+        sums: dict[str, Tensor] = model(**given, task=task)
         means = {
             name: sums[name].float() / counts[i].clamp_min(1)
             for i, name in enumerate(LOSS_NAMES)
@@ -299,7 +353,11 @@ class DistillationTrainer(Trainer):
         aligner = self.aligner
         if aligner is None or aligner.matches is not None:
             return aligner
-        if inputs["layout"].num_image_samples:
+        images = inputs["layout"].num_image_samples
+        if any(is_sharded(m) for m in (aligner.teacher, aligner.student)):
+            # Sharded models run on all ranks or on none: choose when every rank has an image.
+            images = min(gather_object([images]))
+        if images:
             aligner.calibrate(**inputs)
         chosen = [matches for matches in gather_object([aligner.matches]) if matches]
         aligner.matches = chosen[0] if chosen else None
@@ -400,9 +458,9 @@ def _load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def unwrap_student(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or the model itself."""
-    inner: Any = model
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an engine or a PEFT model, or the model itself."""
+    inner: Any = getattr(model, "module", model)
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):

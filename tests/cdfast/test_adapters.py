@@ -198,11 +198,22 @@ def test_a_second_student_shares_the_same_encoder():
     teacher, student = pair()
     first = share_vision_tower(teacher, student)
     _, other = pair(seed=5)
-    assert share_vision_tower(teacher, other) is first
+    assert share_vision_tower(teacher, other).tower is first.tower
     batch = model_batch()
     for model in (teacher, student, other):
         logits(model, batch)
     assert first.runs == 1
+
+
+def test_hooks_on_one_model_do_not_fire_in_the_other():
+    """As an engine's do, which would take the other model's forward for its own."""
+    teacher, student = pair()
+    share_vision_tower(teacher, student)
+    fired = []
+    for module in student.modules():
+        module.register_forward_pre_hook(lambda *_: fired.append(1))
+    logits(teacher)
+    assert not fired
 
 
 @pytest.mark.parametrize("narrow", ["teacher", "student"])

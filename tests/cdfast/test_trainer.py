@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import share_vision_tower, vision_tower
 from cdfast.collator import VisionTextCollator
-from cdfast.trainer import unwrap_student
+from cdfast.trainer import unwrap_model
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.tiny_models import tiny_llava, tiny_teacher
 
@@ -40,7 +40,7 @@ def make_trainer(
         "alignment_weight": 2.0,
     }
     student = student or tiny_llava()
-    vision_tower(unwrap_student(student))[2].requires_grad_(False)
+    vision_tower(unwrap_model(student))[2].requires_grad_(False)
     teacher = tiny_teacher() if teacher is None else teacher
     return DistillationTrainer(
         model=student,
@@ -332,6 +332,6 @@ def test_keep_alignment_of_an_adapted_student(tmp_path):
     )
     for _ in range(2):
         trainer.train()
-        for layer in unwrap_student(trainer.model).model.language_model.layers:
+        for layer in unwrap_model(trainer.model).model.language_model.layers:
             keywords = layer._gradient_checkpointing_func.keywords
             assert keywords == {"use_reentrant": False, "context_fn": keep_alignment}

@@ -1,7 +1,7 @@
 """Distil tiny models for a few SGD steps; run under torchrun, or called for one process.
 
-`torchrun ... -m tests.distributed.step_script FOLDER` trains every case of `CASES` on the ranks and
-writes FOLDER/<case>.pt: the trained weights of every rank, the log and the matched layers.
+`torchrun ... -m tests.distributed.step_script FOLDER SETUP` trains every case of a setup on the
+ranks and writes FOLDER/<case>.pt: the trained weights of every rank, the log, the matched layers.
 """
 
 import sys
@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import assemble_student, set_trainable, share_vision_tower
 from cdfast.collator import VisionTextCollator
+from cdfast.engine import full_state_dict, release_engine, unsharded_loading, zero_config
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.tiny_models import sharpen, tiny_language_model, tiny_teacher
 
@@ -45,6 +46,24 @@ CASES = {
 }
 
 
+TEXT_CASES = [case for case in CASES if case.startswith("text only")]
+# How the ranks share the work: options of the trainer, and the cases that are run this way.
+SETUPS = {
+    "ddp": ({}, list(CASES)),
+    "zero1": ({"zero_stage": 1}, ["plain", "accumulation", "lora"]),
+    "zero2": (
+        {"zero_stage": 2, "teacher_placement": "offloaded"},
+        ["plain", "accumulation", "lora", *TEXT_CASES],
+    ),
+    "zero3": ({"zero_stage": 3}, ["plain", "accumulation", "recomputation", "lora"]),
+    "zero3, sharded teacher": (
+        {"zero_stage": 3, "teacher_placement": "sharded"},
+        [case for case in CASES if case != "adaptive"],
+    ),
+    "zero3, adaptive": ({"zero_stage": 3, "teacher_placement": "sharded"}, ["adaptive"]),
+}
+
+
 class InOrder(DistillationTrainer):
     """Takes the samples as they come, so that the test knows which rank gets which."""
 
@@ -54,8 +73,9 @@ class InOrder(DistillationTrainer):
 
 def make_student(train):
     """Teacher and student that share one vision encoder, with what the case trains set."""
-    teacher = tiny_teacher()
-    student = sharpen(assemble_student(teacher, tiny_language_model(), taf=True))
+    with unsharded_loading():
+        teacher = tiny_teacher()
+        student = sharpen(assemble_student(teacher, tiny_language_model(), taf=True))
     share_vision_tower(teacher, student)
     set_trainable(student, projector=True, language_model=train == "everything")
     if train == "lora":
@@ -71,7 +91,16 @@ def make_student(train):
     return teacher, student
 
 
-def run_case(case, folder, processes):
+def zero_options(options):
+    """Options of a setup; under ZeRO-3 with every parameter sharded, however small it is."""
+    if options.get("zero_stage") != 3:
+        return options
+    config = zero_config(3)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return {**options, "deepspeed": config}
+
+
+def run_case(case, folder, processes, setup="ddp"):
     """Train one case on this process's share. Returns (weights before, weights after, trainer)."""
     chosen = CASES[case]
     batch, accumulation = chosen["batch"], chosen.get("accumulation", 1)
@@ -100,7 +129,7 @@ def run_case(case, folder, processes):
             disable_tqdm=True,
             save_strategy="no",
             alignment_weight=2.0,
-            **{"layers": "all", **chosen.get("options", {})},
+            **{"layers": "all", **chosen.get("options", {}), **zero_options(SETUPS[setup][0])},
         ),
         train_dataset=torch.utils.data.Subset(samples, list(order)),
         data_collator=VisionTextCollator(0),
@@ -111,19 +140,25 @@ def run_case(case, folder, processes):
 
 
 def trained_weights(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    """Whole trained weights; under ZeRO-3 on the first rank only."""
+    whole = full_state_dict(model)
+    if whole is None:
+        return None
+    return {n: whole[n].detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def main(folder):
-    for case in CASES:
-        _, after, trainer = run_case(case, folder, 2)
+def main(folder, setup):
+    for case in SETUPS[setup][1]:
+        _, after, trainer = run_case(case, folder, 2, setup)
         gathered = [None, None]
         torch.distributed.all_gather_object(gathered, (after, trainer.aligner.matches))
         if trainer.is_world_process_zero():
             log = [entry for entry in trainer.state.log_history if "loss" in entry]
             torch.save({"ranks": gathered, "log": log}, folder / f"{case}.pt")
+        for engine in (trainer.model_wrapped, trainer.teacher):
+            release_engine(engine)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
