@@ -149,10 +149,13 @@ def share_vision_tower(teacher: PreTrainedModel, student: PreTrainedModel) -> Sh
     _require_equal_towers(theirs, ours)
     kept = ours if _dtype(ours).itemsize > _dtype(theirs).itemsize else theirs
     shared = kept if isinstance(kept, SharedVisionTower) else SharedVisionTower(kept)
-    for parent, name in ((teacher_parent, teacher_name), (student_parent, student_name)):
+    for parent, name, tower in (
+        (teacher_parent, teacher_name, theirs),
+        (student_parent, student_name, ours),
+    ):
         setattr(parent, name, SharedVisionTower(shared))
         adapter = getattr(parent, "multi_modal_projector", None)
-        if adapter is not None and _dtype(adapter) != _dtype(kept):
+        if adapter is not None and not isinstance(tower, SharedVisionTower):
             adapter.register_forward_pre_hook(_in_own_dtype)
     return shared
 
@@ -162,7 +165,8 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (inputs[0].to(_dtype(module)), *inputs[1:])
+    # Asked anew each time: an engine may have changed the dtype of either side since.
+    return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
 
 
 def _require_equal_towers(theirs: nn.Module, ours: nn.Module) -> None:

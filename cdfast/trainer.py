@@ -124,6 +124,8 @@ class DistillationConfig(TrainingArguments):
 
     def _set_up_zero(self) -> None:
         """Join the process group and choose DeepSpeed's configuration, where options ask for it."""
+        if self.deepspeed:
+            self.zero_stage = _own_stage(self.deepspeed, self.zero_stage)
         if self.zero_stage not in ZERO_STAGES:
             raise ValueError(f"zero_stage: expected 0, 1, 2 or 3; got {self.zero_stage!r}.")
         if self.teacher_placement not in TEACHER_PLACEMENTS:
@@ -141,11 +143,9 @@ class DistillationConfig(TrainingArguments):
                 f"muon_learning_rate: expected zero_stage 0, because Muon needs whole matrices and "
                 f"ZeRO shards them; got {self.zero_stage}. Use AdamW, or zero_stage 0."
             )
-        if self.zero_stage or self.teacher_placement != "replicated":
+        if self.deepspeed or self.zero_stage or self.teacher_placement != "replicated":
             start_zero(self.ddp_timeout)
-        if self.deepspeed:
-            self.zero_stage = _own_stage(self.deepspeed, self.zero_stage)
-        elif self.zero_stage:
+        if self.zero_stage and not self.deepspeed:
             self.deepspeed = zero_config(self.zero_stage, self.offload_optimizer)
 
 

@@ -4,6 +4,7 @@
 ranks and writes FOLDER/<case>.pt: the trained weights of every rank, the log, the matched layers.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,11 @@ CASES = {
         "order": [0, 3, 1, 7, 2, 4, 5, 11, 6, 8, 9, 15],
         "options": {"gradient_checkpointing": True},
     },
+    "keep alignment": {
+        "batch": 2,
+        "order": TEXT_ONLY_SECOND,
+        "options": {"gradient_checkpointing": True, "keep_alignment": True},
+    },
     "adaptive": {
         "batch": 2,
         "order": TEXT_ONLY_FIRST,
@@ -59,6 +65,10 @@ SETUPS = {
     "zero3, sharded teacher": (
         {"zero_stage": 3, "teacher_placement": "sharded"},
         [case for case in CASES if case != "adaptive"],
+    ),
+    "zero3, bfloat16": (
+        {"zero_stage": 3, "teacher_placement": "sharded", "bf16": True},
+        ["plain", "text only on both"],
     ),
     "zero3, adaptive": ({"zero_stage": 3, "teacher_placement": "sharded"}, ["adaptive"]),
 }
@@ -149,8 +159,9 @@ def trained_weights(model):
 
 def main(folder, setup):
     for case in SETUPS[setup][1]:
-        _, after, trainer = run_case(case, folder, 2, setup)
-        gathered = [None, None]
+        processes = int(os.environ["WORLD_SIZE"])
+        _, after, trainer = run_case(case, folder, processes, setup)
+        gathered = [None] * processes
         torch.distributed.all_gather_object(gathered, (after, trainer.aligner.matches))
         if trainer.is_world_process_zero():
             log = [entry for entry in trainer.state.log_history if "loss" in entry]

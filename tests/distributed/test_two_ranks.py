@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.cdfast import photo_setup
@@ -28,15 +29,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def torchrun(*arguments, cwd):
-    """Two processes that meet at a free port."""
+def torchrun(*arguments, cwd, processes=2):
+    """Processes that meet at a free port."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)],
         env=environment,
@@ -52,7 +53,9 @@ def torchrun(*arguments, cwd):
 
 # Sharded models choose their layers later than others: see the test of it.
 LATER = "zero3, adaptive"
-RUNS = [(setup, case) for setup, (_, cases) in SETUPS.items() for case in cases if setup != LATER]
+HALF = "zero3, bfloat16"
+EXACT = [setup for setup in SETUPS if setup not in (LATER, HALF)]
+RUNS = [(setup, case) for setup in EXACT for case in SETUPS[setup][1]]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,25 @@ def test_two_ranks_log_the_losses_of_one_process(setup, case, two_ranks, one_pro
             assert mine[name] == pytest.approx(theirs[name], rel=TOLERANCE, abs=1e-9)
 
 
+def difference(weights, want):
+    return sum((weights[n].float() - want[n]).double().square().sum() for n in want).sqrt().item()
+
+
+@pytest.mark.slow
+def test_bfloat16_on_two_ranks_is_as_close_as_on_one(two_ranks, one_process, tmp_path):
+    """The one error budget: at most twice the error of the same dtype without sharding."""
+    done = torchrun(
+        "-m", "tests.distributed.step_script", tmp_path, HALF, cwd=tmp_path, processes=1
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for case in SETUPS[HALF][1]:
+        before, want, _ = one_process[case]
+        alone = torch.load(tmp_path / f"{case}.pt")["ranks"][0][0]
+        first, _ = two_ranks[HALF, case]["ranks"][0]
+        assert 0 < difference(first, want) < difference(before, want)
+        assert difference(first, want) <= 2 * difference(alone, want), case
+
+
 @pytest.mark.slow
 def test_sharded_models_choose_layers_when_every_rank_has_an_image(two_ranks, one_process):
     """The first two batches of the first rank have none; all ranks must run the models together."""
@@ -143,9 +165,30 @@ def command(paths, folder, **changed):
     return ["-m", "cdfast.train", path, *(t for k, v in given.items() for t in (f"--{k}", v))]
 
 
+@pytest.fixture(scope="module")
+def command_run(paths, tmp_path_factory):
+    """(folder, process) of the command on two ranks."""
+    folder = tmp_path_factory.mktemp("command")
+    return folder, torchrun(*command(paths, folder), cwd=folder)
+
+
 @pytest.mark.slow
-def test_the_command_on_two_ranks_writes_one_run(paths, tmp_path):
-    done = torchrun(*command(paths, tmp_path), cwd=tmp_path)
+def test_the_command_under_zero_3_writes_the_same_student(paths, command_run, tmp_path):
+    """Three stages, one with LoRA, one with accumulation; whole weights after each."""
+    options = {"zero-stage": 3, "teacher-placement": "sharded"}
+    done = torchrun(*command(paths, tmp_path, **options), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    start = load_file(tmp_path / "run" / "student-init" / "model.safetensors")
+    for stage in ("stages/1-dpt/model", "stages/2-dft/model", "model"):
+        got = load_file(tmp_path / "run" / stage / "model.safetensors")
+        want = load_file(command_run[0] / "run" / stage / "model.safetensors")
+        assert got.keys() == want.keys()
+        assert difference(got, want) <= TOLERANCE * difference(start, want), stage
+
+
+@pytest.mark.slow
+def test_the_command_on_two_ranks_writes_one_run(paths, command_run):
+    tmp_path, done = command_run
     assert done.returncode == 0, done.stderr[-4000:]
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("results.json")] == [
         Path("run/results.json")
