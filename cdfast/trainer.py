@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
 from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
 from cdfast.distill import LOSS_NAMES, StudentTask, add_student_step, kl_rows, teacher_step
 from cdfast.losses import answer_rows
 from cdfast.optim import muon_with_adamw
+from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
-
-ALIGNMENT_FILE = "alignment.json"
 
 
 @dataclass
@@ -138,7 +135,7 @@ class KeepAlignment(TrainerCallback):
         keep_alignment_in_layers(unwrap_student(model), self.aligner.student_layers)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Distils `teacher` into `model`; everything else as users know it from transformers.Trainer.
 
     Args:
@@ -362,23 +359,12 @@ class DistillationTrainer(Trainer):
         losses |= {f"{prefix}_loss_{n}": means[n] for n in used}
         return output._replace(metrics={**(output.metrics or {}), **losses})
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.aligner is not None and self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            assert folder is not None  # TrainingArguments fills it in
-            path = Path(folder) / ALIGNMENT_FILE
-            path.write_text(json.dumps(self.aligner.state_dict(), indent=2) + "\n")
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
         if isinstance(model, PreTrainedModel):
             _load_weights(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / ALIGNMENT_FILE
-        if self.aligner is not None and path.exists():
-            self.aligner.load_state_dict(json.loads(path.read_text()))
 
     def _load_best_model(self) -> None:
         best, model = self.state.best_model_checkpoint, self.model
