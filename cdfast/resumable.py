@@ -167,3 +167,14 @@ class ResumableTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with safe_pickles(self.zero_stage):
             return super()._prepare_for_training(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # A run that was stopped after its last step has none left; Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with safe_pickles(self.zero_stage):
+            super()._load_best_model()

@@ -347,7 +347,7 @@ def _export(run: Run, trainer: Any, number: int) -> None:
     state = full_state_dict(trainer.model)
 
     def write() -> None:
-        if state is None:
+        if state is None or not run.state.is_main_process:
             return
         with staged_folder(target) as folder:
             write_student(

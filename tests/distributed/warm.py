@@ -1,0 +1,267 @@
+"""A process that has imported everything and forks ranks: a start takes no 10 s but none.
+
+`python -m tests.distributed.warm` reads jobs from its standard input, one JSON object a line, and
+answers each with the exit codes of its ranks (negative: the signal). A job is the keyword arguments
+of `train`, with `ranks`, `log` (prefix of the files for output) and `fault`: {"rank": of the rank
+it happens on, "root", "events": file for the list of events, ...}.
+
+`Warm` is the other end, for tests.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ACTIONS = {"count": 0, "kill": 1, "error": 2}
+PHASES = {"before": 0, "halfway": 1, "after": 2}
+# The survivor of a killed rank ends by itself, when the connection breaks; else it is killed.
+SURVIVAL_SECONDS = 5.0
+
+
+class Warm:
+    """Starts the process, sends it jobs, ends it."""
+
+    def __init__(self, preload=None):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "DS_ACCELERATOR": "cpu",
+        }
+        if preload:
+            environment["LD_PRELOAD"] = str(preload)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.warm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    def run(self, **job):
+        """Exit codes of the ranks."""
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=20)
+        self.process.stdout.close()
+
+
+# -- in a rank -------------------------------------------------------------------------------------
+
+
+class Fault:
+    """The C library's fault, armed for the saves or the start of a run."""
+
+    def __init__(self, root, events, action="count", at=0, phase="before", code=0, sticky=False):
+        self.library = ctypes.CDLL(None)
+        self.library.fault_disarm.restype = ctypes.c_long
+        self.arguments = (
+            os.fsencode(root),
+            os.fsencode(events),
+            ACTIONS[action],
+            ctypes.c_long(at),
+            PHASES[phase],
+            code,
+            int(sticky),
+        )
+
+    def arm(self):
+        self.library.fault_arm(*self.arguments)
+
+    def disarm(self):
+        self.library.fault_disarm()
+
+
+def train(
+    folder,
+    steps,
+    trace=None,
+    stage=0,
+    what="everything",
+    save_steps=1,
+    save_total_limit=2,
+    resume=True,
+    fault=None,
+    fault_step=None,
+    **options,
+):
+    """Train tiny models, resuming if possible; every step's loss goes to `trace`.
+
+    The fault is armed for the save of step `fault_step`, or of the first step that is saved.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    from cdfast import DistillationConfig
+    from cdfast.collator import VisionTextCollator
+    from tests.cdfast.samples import TinySamples
+    from tests.distributed.step_script import InOrder, make_student
+
+    torch.set_num_threads(1)
+    if stage:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        options["deepspeed"] = {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+
+    class Trace(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            if trace and state.is_world_process_zero and "loss" in logs:
+                with open(trace, "a") as file:
+                    norm = float(logs["grad_norm"]).hex()
+                    file.write(f"{state.global_step} {logs['loss'].hex()} {norm}\n")
+
+    class Faulty(InOrder):
+        def _save_checkpoint(self, *args, **kwargs):
+            if fault is None or fault_step not in (None, self.state.global_step):
+                return super()._save_checkpoint(*args, **kwargs)
+            fault.arm()
+            super()._save_checkpoint(*args, **kwargs)
+            fault.disarm()
+            return None
+
+    teacher, student = make_student(what)
+    arguments = DistillationConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=steps,
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        use_cpu=True,
+        logging_steps=1,
+        save_steps=save_steps,
+        save_total_limit=save_total_limit,
+        report_to="none",
+        disable_tqdm=True,
+        layers="all",
+        **options,
+    )
+    trainer = Faulty(
+        model=student,
+        teacher=teacher,
+        args=arguments,
+        train_dataset=TinySamples(4 * 50),
+        data_collator=VisionTextCollator(0),
+        callbacks=[Trace()],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def rank_main(rank, port, ranks, log, fault=None, **job):
+    """What a forked rank does; returns its exit code."""
+    from cdfast.storage import CheckpointError
+
+    output = os.open(f"{log}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        mine = fault if fault and fault.pop("rank") == rank else None
+        train(fault=Fault(**mine) if mine else None, **job)
+    except CheckpointError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(ranks, kill_after=None, **job):
+    """Fork the ranks and wait; once one has failed the others get a little time."""
+    port = free_port()
+    children = {}
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = rank_main(rank, port, ranks, **job)
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
+        children[pid] = rank
+    codes = {}
+    deadline = time.monotonic() + kill_after if kill_after else None
+    while len(codes) < ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[children[pid]] = os.waitstatus_to_exitcode(status)
+            if codes[children[pid]] and deadline is None:
+                deadline = time.monotonic() + SURVIVAL_SECONDS
+        elif deadline and time.monotonic() > deadline:
+            for child, rank in children.items():
+                if rank not in codes:
+                    os.kill(child, signal.SIGKILL)
+            deadline = time.monotonic() + SURVIVAL_SECONDS
+        else:
+            time.sleep(0.005)
+    return [codes[rank] for rank in range(ranks)]
+
+
+def warm_up():
+    """Import and build once what every rank needs, as far as it starts no thread."""
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    from cdfast_kernels import available_backends
+
+    import cdfast.export  # noqa: F401
+    from tests.distributed.step_script import make_student
+
+    available_backends()
+    _, student = make_student("lora")
+    with tempfile.TemporaryDirectory() as folder:
+        student.get_base_model().save_pretrained(folder)
+    del student
+    gc.collect()
+    gc.freeze()  # a collection in a rank looks at what the rank has made
+
+
+def main():
+    warm_up()
+    answers = os.dup(1)  # what libraries print is not an answer
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        os.write(answers, (json.dumps(run_ranks(**json.loads(line))) + "\n").encode())
+    os._exit(0)  # frozen objects would be reported as leaked
+
+
+if __name__ == "__main__":
+    main()
