@@ -331,8 +331,7 @@ def test_what_is_no_failure_of_storage_stays_what_it_is(tmp_path):
 def test_a_staged_folder_is_there_whole_or_not_at_all(tmp_path):
     target = tmp_path / "model"
     with pytest.raises(FileNotFoundError), staged_folder(target) as folder:
-        (folder / "half").touch()
-        (folder / "missing").read_text()
+        shutil.copytree(tmp_path / "missing", folder / "half")
     assert names(tmp_path) == []
     for content in ("first", "second"):
         with staged_folder(target) as folder:

@@ -98,18 +98,21 @@ def train(
     save_steps=1,
     save_total_limit=2,
     resume=True,
+    stop_after=None,
     fault=None,
-    fault_step=None,
+    end=None,
     **options,
 ):
     """Train tiny models, resuming if possible; every step's loss goes to `trace`.
 
-    The fault is armed for the save of step `fault_step`, or of the first step that is saved.
+    With `stop_after` only so many of the steps are taken now. The fault is armed for the first
+    save. The trained weights are left in the file `end`.
     """
     import torch
     from transformers import TrainerCallback
 
     from cdfast import DistillationConfig
+    from cdfast.checkpoint import full_state_dict
     from cdfast.collator import VisionTextCollator
     from tests.cdfast.samples import TinySamples
     from tests.distributed.step_script import InOrder, make_student
@@ -129,6 +132,13 @@ def train(
         }
 
     class Trace(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.begin = state.global_step
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if stop_after and state.global_step >= self.begin + stop_after:
+                control.should_training_stop = True
+
         def on_log(self, args, state, control, logs, **kwargs):
             if trace and state.is_world_process_zero and "loss" in logs:
                 with open(trace, "a") as file:
@@ -137,12 +147,13 @@ def train(
 
     class Faulty(InOrder):
         def _save_checkpoint(self, *args, **kwargs):
-            if fault is None or fault_step not in (None, self.state.global_step):
-                return super()._save_checkpoint(*args, **kwargs)
-            fault.arm()
+            nonlocal fault
+            mine, fault = fault, None
+            if mine:
+                mine.arm()
             super()._save_checkpoint(*args, **kwargs)
-            fault.disarm()
-            return None
+            if mine:
+                mine.disarm()
 
     teacher, student = make_student(what)
     arguments = DistillationConfig(
@@ -169,7 +180,9 @@ def train(
         callbacks=[Trace()],
     )
     trainer.train(resume_from_checkpoint=resume)
-    return trainer
+    weights = full_state_dict(trainer.model)
+    if end and trainer.is_world_process_zero():
+        torch.save(weights, end)
 
 
 def rank_main(rank, port, ranks, log, fault=None, **job):
@@ -205,8 +218,42 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_ranks(ranks, kill_after=None, **job):
-    """Fork the ranks and wait; once one has failed the others get a little time."""
+def run_ranks(ranks, kill=None, **job):
+    """Fork the ranks and wait; once one has failed the others get a little time.
+
+    `kill`: {"ranks", "after": seconds, "file": whose growth starts the clock, if given}.
+    """
+    children = fork_ranks(ranks, **job)
+    size = file_size(kill)
+    codes, started, deadline = {}, time.monotonic(), None
+    while len(codes) < ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[children[pid]] = os.waitstatus_to_exitcode(status)
+            if codes[children[pid]] and deadline is None:
+                deadline = time.monotonic() + SURVIVAL_SECONDS
+            continue
+        if kill and kill.get("file") and file_size(kill) == size:
+            started = time.monotonic()
+        due = kill and time.monotonic() > started + kill["after"]
+        if due or (deadline and time.monotonic() > deadline):
+            chosen = kill["ranks"] if due else range(ranks)
+            for child, rank in children.items():
+                if rank in chosen and rank not in codes:
+                    os.kill(child, signal.SIGKILL)
+            kill, deadline = None, time.monotonic() + SURVIVAL_SECONDS
+        time.sleep(0.005)
+    return [codes[rank] for rank in range(ranks)]
+
+
+def file_size(kill):
+    """None where the clock starts at once."""
+    path = kill and kill.get("file")
+    return (os.path.getsize(path) if os.path.exists(path) else 0) if path else None
+
+
+def fork_ranks(ranks, **job):
+    """{process id: rank}"""
     port = free_port()
     children = {}
     for rank in range(ranks):
@@ -219,22 +266,7 @@ def run_ranks(ranks, kill_after=None, **job):
             finally:
                 os._exit(code)
         children[pid] = rank
-    codes = {}
-    deadline = time.monotonic() + kill_after if kill_after else None
-    while len(codes) < ranks:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[children[pid]] = os.waitstatus_to_exitcode(status)
-            if codes[children[pid]] and deadline is None:
-                deadline = time.monotonic() + SURVIVAL_SECONDS
-        elif deadline and time.monotonic() > deadline:
-            for child, rank in children.items():
-                if rank not in codes:
-                    os.kill(child, signal.SIGKILL)
-            deadline = time.monotonic() + SURVIVAL_SECONDS
-        else:
-            time.sleep(0.005)
-    return [codes[rank] for rank in range(ranks)]
+    return children
 
 
 def warm_up():
