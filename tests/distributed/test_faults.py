@@ -5,40 +5,20 @@ step and is killed while it saves. Every loss must be that of a run that nobody 
 """
 
 import errno
+import functools
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.warm import Warm
-
-SOURCE = Path(__file__).parent / "faults.c"
 STEPS = 300
 KILLED = -signal.SIGKILL
 HALVES = ("write",)  # only these have a middle
 STAGES = {"ddp": 0, "zero3": 3}
 LENGTH = 40
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """The forking process with the library of faults in it."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler (cc) for the library of faults")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, SOURCE, "-ldl"],
-        check=True,
-    )
-    process = Warm(library)
-    yield process
-    process.close()
 
 
 class Chain:
@@ -142,12 +122,11 @@ def chains(warm, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def long_chains(warm, tmp_path_factory):
-    """Every event after the rename lets the run advance by a step."""
-    return {
-        stage: make_chain(warm, tmp_path_factory.mktemp(stage), stage, length=250)
-        for stage in STAGES
-    }
+def long_chain(warm, tmp_path_factory):
+    """A stage's chain; each event after the rename lets it advance by a step."""
+    return functools.cache(
+        lambda stage: make_chain(warm, tmp_path_factory.mktemp(stage), stage, length=150)
+    )
 
 
 def events_of(chain, rank):
@@ -221,8 +200,8 @@ def test_a_rank_killed_in_a_save_loses_nothing(chains, stage):
 @pytest.mark.parametrize("phase", ["before", "halfway", "after"])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_rank_killed_at_any_point_of_a_save_loses_nothing(long_chains, stage, rank, phase):
-    chain = long_chains[stage]
+def test_a_rank_killed_at_any_point_of_a_save_loses_nothing(long_chain, stage, rank, phase):
+    chain = long_chain(stage)
     events = events_of(chain, rank)
     points = [n for n, (kind, _, _) in enumerate(events, 1) if phase != "halfway" or kind in HALVES]
     for at in points:
@@ -243,8 +222,8 @@ def test_ten_random_kills_leave_the_trace_of_an_undisturbed_run(warm, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("stage", STAGES)
-def test_random_kills_at_every_stage(warm, long_chains, tmp_path, stage, seed):
-    chain = Chain(warm, tmp_path, STAGES[stage], long_chains[stage].want)
+def test_random_kills_at_every_stage(warm, long_chain, tmp_path, stage, seed):
+    chain = Chain(warm, tmp_path, STAGES[stage], long_chain(stage).want)
     random_kills(chain, 20, draw=random.Random(seed))
 
 

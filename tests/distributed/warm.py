@@ -2,8 +2,8 @@
 
 `python -m tests.distributed.warm` reads jobs from its standard input, one JSON object a line, and
 answers each with the exit codes of its ranks (negative: the signal). A job is the keyword arguments
-of `train`, with `ranks`, `log` (prefix of the files for output) and `fault`: {"rank": of the rank
-it happens on, "root", "events": file for the list of events, ...}.
+of `train`, or `argv` for the command, with `ranks`, `log` (prefix of the files for output) and
+`fault`: {"rank": of the rank it happens on, "root", "events": file for the list of events, ...}.
 
 `Warm` is the other end, for tests.
 """
@@ -101,17 +101,20 @@ def train(
     stop_after=None,
     fault=None,
     end=None,
+    verified=True,
     **options,
 ):
     """Train tiny models, resuming if possible; every step's loss goes to `trace`.
 
     With `stop_after` only so many of the steps are taken now. The fault is armed for the first
-    save. The trained weights are left in the file `end`.
+    save. The trained weights are left in the file `end`. Without `verified`, whatever is found is
+    resumed from.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import TrainerCallback
 
+    import cdfast.checkpoint
     from cdfast import DistillationConfig
     from cdfast.checkpoint import full_state_dict
     from cdfast.collator import VisionTextCollator
@@ -119,6 +122,8 @@ def train(
     from tests.distributed.step_script import InOrder, make_student
 
     torch.set_num_threads(1)
+    if not verified:
+        cdfast.checkpoint.verify = lambda checkpoint: None
     if stage:
         import deepspeed
 
@@ -199,6 +204,20 @@ def train(
         torch.save(weights, end)
 
 
+def command(argv, fault):
+    """The command, with the fault armed all the time."""
+    import torch
+
+    from cdfast.train import main
+
+    torch.set_num_threads(1)
+    if fault:
+        fault.arm()
+    main(argv)
+    if fault:
+        fault.disarm()
+
+
 def rank_main(rank, port, ranks, log, fault=None, **job):
     """What a forked rank does; returns its exit code."""
     from cdfast.storage import CheckpointError
@@ -215,8 +234,13 @@ def rank_main(rank, port, ranks, log, fault=None, **job):
         MASTER_PORT=str(port),
     )
     try:
-        mine = fault if fault and fault.pop("rank") == rank else None
-        train(fault=Fault(**mine) if mine else None, **job)
+        mine = Fault(**fault) if fault and fault.pop("rank") == rank else None
+        if "argv" in job:
+            command(job["argv"], mine)
+        else:
+            train(fault=mine, **job)
+    except SystemExit as end:
+        return end.code or 0
     except CheckpointError as error:
         print(f"error: {error}", flush=True)
         return 2
@@ -288,7 +312,8 @@ def warm_up():
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     from cdfast_kernels import available_backends
 
-    import cdfast.export  # noqa: F401
+    import cdfast.plots
+    import cdfast.train  # noqa: F401
     from tests.distributed.step_script import make_student
 
     available_backends()
