@@ -8,10 +8,12 @@ Source: ZeRO (Rajbhandari et al., 2020), stages 1 to 3; DeepSpeed's configuratio
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +77,22 @@ def zero_config(stage: int, offload_optimizer: bool = False) -> dict[str, Any]:
         # Per-step messages of its own; ours say more.
         "steps_per_print": 10**9,
     }
+
+
+def stage_of(config: str | dict[str, Any], asked: int) -> int:
+    """The ZeRO stage of a DeepSpeed configuration that the user has written.
+
+    Raises:
+        ValueError: it is not the one `asked` for, where that is not 0.
+    """
+    values = json.loads(Path(config).read_text()) if isinstance(config, str) else config
+    stage = int(values.get("zero_optimization", {}).get("stage", 0))
+    if asked not in (0, stage):
+        raise ValueError(
+            f"zero_stage: expected {stage}, as in the DeepSpeed configuration given; got {asked}. "
+            "Give one of the two."
+        )
+    return stage
 
 
 def place_teacher(teacher: nn.Module, placement: str, device: torch.device) -> nn.Module:

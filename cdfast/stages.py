@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,15 @@ import torch
 from accelerate import PartialState
 from cdfast_kernels import available_backends
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from cdfast.adapters import set_trainable, share_vision_tower
 from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe, StageRecipe
 from cdfast.data import DataError, load_dataset
-from cdfast.engine import full_state_dict, is_sharded, release_engine
+from cdfast.engine import full_state_dict, release_engine
+from cdfast.export import write_student
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import load_config, load_model, teacher_source
+from cdfast.storage import staged_folder, together, write_text
 
 STAGE_FILE = "stage.json"
 # Trainer settings that a recipe's `arguments` may change.
@@ -309,14 +309,11 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
             data_collator=VisionTextCollator(run.processor.tokenizer.pad_token_id),
             processing_class=run.processor,
         )
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
     of = len(run.recipe.stages)
     matches = trainer.aligner.matches if trainer.aligner else None
     run.say(f"stage {number} of {of} ({stage.stage}): " + _describe(student, stage, matches))
-    if checkpoint:
-        run.say(f"resuming from {checkpoint}")
     start = time.monotonic()
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    output = trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - start
     _export(run, trainer, number)
     run.teacher = trainer.teacher or run.teacher
@@ -354,28 +351,29 @@ def _describe(student: Any, stage: StageRecipe, matches: Any) -> str:
 
 def _export(run: Run, trainer: Any, number: int) -> None:
     """Write the student after a stage: plain weights, LoRA merged; complete or not there at all."""
-    target = run.student_after(number)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    whole = full_state_dict(model)
-    if run.state.is_main_process:
-        if is_sharded(model):
-            model = load_stage_student(run, number)
-            model.load_state_dict(whole)
-        model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        run.processor.save_pretrained(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    run.state.wait_for_everyone()
+    target, recipe = run.student_after(number), run.recipe
+    state = full_state_dict(trainer.model)
+
+    def write() -> None:
+        if state is None or not run.state.is_main_process:
+            return
+        with staged_folder(target) as folder:
+            write_student(
+                trainer.model,
+                state,
+                folder,
+                base=run.student_after(number - 1),
+                dtype=getattr(torch, recipe.dtype),
+                trust_remote_code=recipe.trust_remote_code,
+            )
+            run.processor.save_pretrained(folder)
+
+    together(write, target)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, complete or not at all; what is not finite as null, as JSON asks."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
-    partial.rename(path)
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ with `DistillationTrainer`, and writes the next: the same path whether the run i
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -50,6 +51,7 @@ from cdfast.stages import (
     user_errors,
     write_json,
 )
+from cdfast.storage import CheckpointError, prepare_run_folder, staged_folder, together, write_text
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
@@ -84,18 +86,17 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
     run = Run(recipe, folder, processor, state)
     check_stages(run)
     start = time.monotonic()
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+    prepare_run_folder(folder)
+
+    def write_start() -> None:
         if not (folder / RECIPE_FILE).exists():  # other ranks may be reading it to resume
-            (folder / RECIPE_FILE).write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
+            write_text(folder / RECIPE_FILE, yaml.safe_dump(to_dict(recipe), sort_keys=False))
         if not (run.initial_student / "config.json").exists():
             run.say("preparing the student")
-            partial = folder / "student-init.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            with user_errors():
+            with user_errors(), staged_folder(run.initial_student) as partial:
                 make_initial_student(recipe, processor, partial)
-            partial.rename(run.initial_student)
-    state.wait_for_everyone()
+
+    together(lambda: write_start() if state.is_main_process else None, folder)
     stages = [run_stage(run, n, resume) for n in range(1, len(recipe.stages) + 1)]
     results: dict[str, Any] = {}
     if state.is_main_process:
@@ -178,21 +179,22 @@ def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     """Where the run goes: --output-dir, or the first free runs/<name>[-n] (newest on resume).
 
     Raises:
-        ConfigError: the folder has a run already and neither --resume nor --overwrite is given, or
-            there is nothing to resume.
+        ConfigError: the folder has a run already and neither --resume nor --overwrite is given.
     """
     if recipe.output_dir is None:
         slug = re.sub(r"[^\w.-]+", "-", recipe.name)
         taken = [Path("runs") / (slug if n == 1 else f"{slug}-{n}") for n in range(1, 10_000)]
         existing = [path for path in taken if path.exists()]
         if resume:
-            if not existing:
-                raise ConfigError(f"--resume: there is no run of {recipe.name!r} in runs/.")
-            return max(existing, key=lambda path: path.stat().st_mtime)
+            if existing:
+                return max(existing, key=lambda path: path.stat().st_mtime)
+            print(f"--resume: no run of {recipe.name!r} in runs/ yet: starting afresh", flush=True)
         return next(path for path in taken if not path.exists())
     if not recipe.output_dir.strip():
         raise ConfigError("output_dir: expected a folder; got an empty name.")
     folder = Path(recipe.output_dir)
+    if resume and not (folder / RECIPE_FILE).exists():
+        print(f"--resume: no run in {folder} yet: starting afresh", flush=True)
     if overwrite and (folder / RECIPE_FILE).exists():
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()) and not resume:
@@ -222,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             with user_errors():
                 return dry_run(recipe)
         recipe.check_runnable()
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            # torchrun --max-restarts runs the same command again: --overwrite has been done.
+            flags.resume, flags.overwrite = True, False
         state = PartialState(cpu=not torch.cuda.is_available())
         # Rank 0 decides, because all ranks look at a folder that it is about to fill.
         chosen: list[Any] = [None]
@@ -240,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if state.is_main_process:
             write_report(folder, {recipe.name: results})
             print_summary({recipe.name: results}, folder)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {_without_traceback(error)}", file=sys.stderr)
         sys.exit(2)
 

@@ -2,163 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
+from cdfast.arguments import DistillationConfig
 from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
-from cdfast.config import TEACHER_PLACEMENTS, ZERO_STAGES
 from cdfast.distill import LOSS_NAMES, StudentTask, TeacherTask, add_task, kl_rows
-from cdfast.engine import (
-    is_sharded,
-    place_teacher,
-    require_stage,
-    start_zero,
-    zero_config,
-)
+from cdfast.engine import is_sharded, place_teacher, require_stage
 from cdfast.losses import answer_rows
 from cdfast.optim import muon_with_adamw
+from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
-
-ALIGNMENT_FILE = "alignment.json"
-
-
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with the weights and options of distillation.
-
-    L = lm_weight L_LM + kl_weight L_KL + alignment_weight L_alignment, each a sum over the global
-    step (all ranks, all accumulation steps) divided by its own global count: answer tokens for LM
-    and KL, samples with an image for the alignment.
-    """
-
-    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-model loss."})
-    kl_weight: float = field(
-        default=1.0, metadata={"help": "Weight of KL(teacher || student) on answer tokens."}
-    )
-    alignment_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the visual attention alignment loss."}
-    )
-    preset: str = field(
-        default="paper", metadata={"help": "Alignment preset: 'paper' or 'official'."}
-    )
-    objective: str | None = field(
-        default=None, metadata={"help": "row, map, pooled, mse or kl; default: the preset's."}
-    )
-    matching: str | None = field(
-        default=None, metadata={"help": "group, simple or adaptive; default: the preset's."}
-    )
-    layers: str | None = field(
-        default=None,
-        metadata={"help": "early, intermediate, later or all; default: the preset's."},
-    )
-    layer_reduction: str | None = field(
-        default=None, metadata={"help": "mean or sum over layers; default: the preset's."}
-    )
-    backend: str = field(
-        default="auto", metadata={"help": "Backend of cdfast_kernels for aligned layers."}
-    )
-    keep_alignment: bool = field(
-        default=False,
-        metadata={
-            "help": "With gradient checkpointing: keep attention and alignment of aligned layers "
-            "instead of repeating them (faster on long sequences, more memory)."
-        },
-    )
-    zero_stage: int = field(
-        default=0,
-        metadata={
-            "help": "ZeRO: 0 nothing sharded (DDP), 1 optimizer, 2 and gradients, 3 and parameters."
-        },
-    )
-    teacher_placement: str = field(
-        default="replicated",
-        metadata={"help": "Teacher: replicated on every GPU, sharded over them, or offloaded."},
-    )
-    offload_optimizer: bool = field(
-        default=False, metadata={"help": "With ZeRO: keep optimizer states in CPU memory."}
-    )
-    max_skipped_steps: int = field(
-        default=5,
-        metadata={"help": "Non-finite steps in a row after which the run stops."},
-    )
-    unshifted_kl_mask: bool = field(
-        default=False,
-        metadata={"help": "Parity with the authors' code: mask KL rows with unshifted labels."},
-    )
-    muon_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Use Muon at this rate for decoder matrices, AdamW for the rest."},
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept off: batches carry what the aligner needs."}
-    )
-
-    def __post_init__(self) -> None:
-        self._set_up_zero()
-        # transformers 5.23 renames gradient_ to activation_checkpointing; 5.17 has the old name.
-        new_name = hasattr(self, "activation_checkpointing")
-        options = "activation_checkpointing" if new_name else "gradient_checkpointing"
-        on = self.gradient_checkpointing or getattr(self, options)
-        if on and not (self.gradient_checkpointing_kwargs or getattr(self, f"{options}_kwargs")):
-            setattr(self, f"{options}_kwargs", {"use_reentrant": False})
-        super().__post_init__()
-        kwargs = self.gradient_checkpointing_kwargs
-        if on and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs: expected use_reentrant=False; got True. Reentrant "
-                "checkpointing loses the gradient of the alignment loss."
-            )
-        for name in ("lm_weight", "kl_weight", "alignment_weight"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: expected a finite number >= 0; got {value}.")
-
-    def _set_up_zero(self) -> None:
-        """Join the process group and choose DeepSpeed's configuration, where options ask for it."""
-        if self.deepspeed:
-            self.zero_stage = _own_stage(self.deepspeed, self.zero_stage)
-        if self.zero_stage not in ZERO_STAGES:
-            raise ValueError(f"zero_stage: expected 0, 1, 2 or 3; got {self.zero_stage!r}.")
-        if self.teacher_placement not in TEACHER_PLACEMENTS:
-            raise ValueError(
-                f"teacher_placement: expected one of {', '.join(TEACHER_PLACEMENTS)}; got "
-                f"{self.teacher_placement!r}."
-            )
-        if self.offload_optimizer and not self.zero_stage:
-            raise ValueError(
-                "offload_optimizer: expected zero_stage 1, 2 or 3, which keeps optimizer states; "
-                "got 0. Give a stage, or leave the option out."
-            )
-        if self.muon_learning_rate is not None and self.zero_stage:
-            raise ValueError(
-                f"muon_learning_rate: expected zero_stage 0, because Muon needs whole matrices and "
-                f"ZeRO shards them; got {self.zero_stage}. Use AdamW, or zero_stage 0."
-            )
-        if self.deepspeed or self.zero_stage or self.teacher_placement != "replicated":
-            start_zero(self.ddp_timeout)
-        if self.zero_stage and not self.deepspeed:
-            self.deepspeed = zero_config(self.zero_stage, self.offload_optimizer)
-
-
-def _own_stage(config: str | dict[str, Any], asked: int) -> int:
-    """The ZeRO stage of a DeepSpeed configuration that the user has written."""
-    values = json.loads(Path(config).read_text()) if isinstance(config, str) else config
-    stage = int(values.get("zero_optimization", {}).get("stage", 0))
-    if asked not in (0, stage):
-        raise ValueError(
-            f"zero_stage: expected {stage}, as in the DeepSpeed configuration given; got {asked}. "
-            "Give one of the two."
-        )
-    return stage
 
 
 class LayoutCollator:
@@ -195,7 +55,7 @@ class RequireStage(TrainerCallback):
         require_stage(self.trainer.model_wrapped, args.zero_stage)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Distils `teacher` into `model`; everything else as users know it from transformers.Trainer.
 
     Args:
@@ -420,23 +280,12 @@ class DistillationTrainer(Trainer):
         losses |= {f"{prefix}_loss_{n}": means[n] for n in used}
         return output._replace(metrics={**(output.metrics or {}), **losses})
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.aligner is not None and self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            assert folder is not None  # TrainingArguments fills it in
-            path = Path(folder) / ALIGNMENT_FILE
-            path.write_text(json.dumps(self.aligner.state_dict(), indent=2) + "\n")
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
         if isinstance(model, PreTrainedModel):
             _load_weights(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / ALIGNMENT_FILE
-        if self.aligner is not None and path.exists():
-            self.aligner.load_state_dict(json.loads(path.read_text()))
 
     def _load_best_model(self) -> None:
         best, model = self.state.best_model_checkpoint, self.model

@@ -1,0 +1,180 @@
+"""ResumableTrainer: transformers.Trainer whose checkpoints are whole, verified and plain data."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from cdfast.checkpoint import (
+    commit,
+    deferred_errors,
+    newest_checkpoint,
+    require_same_layout,
+    rotate,
+    safe_pickles,
+    verify,
+)
+from cdfast.engine import full_state_dict
+from cdfast.manifest import PREFIX
+from cdfast.storage import (
+    STAGING,
+    CheckpointError,
+    discard,
+    prepare_run_folder,
+    rank_and_world,
+    together,
+)
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT_FILE = "alignment.json"
+
+
+class ResumableTrainer(Trainer):
+    """Saves by staging, manifest and one rename; resumes from what is verified.
+
+    What a checkpoint holds is Trainer's and DeepSpeed's own; here is when it counts as one.
+    """
+
+    aligner: Any = None
+    _staging: Path | None = None
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the engine that trains; 0 without DeepSpeed."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return int(plugin.deepspeed_config["zero_optimization"]["stage"]) if plugin else 0
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer's, which writes into a staging folder; see `cdfast.checkpoint.commit`."""
+        step, is_first = self.state.global_step, rank_and_world()[0] == 0
+        folder = Path(self._get_output_dir(trial))
+        target, staging = folder / f"{PREFIX}{step}", folder / f"{STAGING}{PREFIX}{step}"
+        write = super()._save_checkpoint
+        # An upload must take the finished folder.
+        push, self.args.push_to_hub = self.args.push_to_hub, False
+        self._staging = staging
+        try:
+            together(lambda: staging.mkdir(parents=True) if is_first else None, staging)
+            together(lambda: write(model, trial), staging)
+            together(lambda: self._name_best_checkpoint(target, staging), staging)
+            commit(staging / target.name, target, step=step, zero_stage=self.zero_stage)
+        finally:
+            self._staging, self.args.push_to_hub = None, push
+            if is_first:
+                discard(staging)
+        if push:
+            self._push_from_checkpoint(str(target))
+        if is_first:
+            try:
+                rotate(target, self.args.save_total_limit, self.state.best_model_checkpoint)
+            except OSError as error:  # the new checkpoint is whole: no reason to stop the run
+                logger.warning(f"{folder}: an old checkpoint cannot be deleted: {error}")
+
+    def _name_best_checkpoint(self, target: Path, staging: Path) -> None:
+        """Trainer looks for the best checkpoint beside the one it writes: alone in its folder."""
+        if self.state.best_global_step:
+            best = target.with_name(f"{PREFIX}{self.state.best_global_step}")
+            if best == target or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / target.name / TRAINER_STATE_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; the weights are gathered where they are sharded."""
+        if not _internal_call:
+            return super().save_model(output_dir)
+        assert output_dir is not None
+        state = full_state_dict(cast(nn.Module, self.model))
+        together(lambda: self._save(output_dir, state_dict=state), Path(output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        # A pickle that nothing reads.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.aligner is not None:
+            path = folder / ALIGNMENT_FILE
+            path.write_text(json.dumps(self.aligner.state_dict(), indent=2) + "\n")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        write = super()._save_optimizer_and_scheduler
+        if not self.is_deepspeed_enabled:
+            return together(lambda: write(output_dir), Path(output_dir))
+        engine: Any = self.model_wrapped
+
+        def write_shards() -> None:
+            with deferred_errors(engine):
+                write(output_dir)
+            if self.args.should_save:
+                (Path(output_dir) / "latest").write_text(f"global_step{engine.global_steps}")
+
+        together(write_shards, Path(output_dir))
+
+    # -- resuming ----------------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Trainer's; what it resumes from is verified first.
+
+        Args:
+            resume_from_checkpoint: True: the newest whole checkpoint in output_dir, or afresh if
+                there is none; or the path of one.
+            Others: see transformers.Trainer.train.
+
+        Raises:
+            CheckpointError: the run folder cannot be used, the named checkpoint is not whole, or it
+                is of another number of processes or ZeRO stage.
+        """
+        folder = Path(str(self.args.output_dir))
+        if self.args.save_strategy != "no":
+            if self.args.save_on_each_node:
+                raise CheckpointError(
+                    "save_on_each_node: expected false, because a checkpoint is one folder on "
+                    "storage that all machines share; got true."
+                )
+            prepare_run_folder(folder)
+        checkpoint: Path | None = None
+        if resume_from_checkpoint is True:
+            checkpoint = newest_checkpoint(folder, self.zero_stage)
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            problem = verify(checkpoint)
+            if problem:
+                raise CheckpointError(
+                    f"{checkpoint}: cannot be resumed from: {problem}. Give another checkpoint, or "
+                    "True for the newest whole one."
+                )
+            require_same_layout(checkpoint, self.zero_stage)
+        if checkpoint and self.aligner is not None and (checkpoint / ALIGNMENT_FILE).exists():
+            self.aligner.load_state_dict(json.loads((checkpoint / ALIGNMENT_FILE).read_text()))
+        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with safe_pickles(self.zero_stage):
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # A run that was stopped after its last step has none left; Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with safe_pickles(self.zero_stage):
+            super()._load_best_model()
