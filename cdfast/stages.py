@@ -97,11 +97,6 @@ def check_stages(run: Run) -> None:
         for path in stage.image_root or run.recipe.image_root:
             if not Path(path).is_dir():
                 raise ConfigError(f"image_root: {where}: expected a folder; got {path!r}.")
-        for name in ("batch_size", "gradient_accumulation_steps"):
-            if getattr(stage, name) < 1:
-                raise ConfigError(
-                    f"{name}: {where}: expected at least 1; got {getattr(stage, name)}."
-                )
         with user_errors():
             stage_arguments(run, number)
     if any(stage.alignment_weight for stage in run.recipe.stages):

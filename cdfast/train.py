@@ -29,7 +29,6 @@ from accelerate.utils import broadcast_object_list
 from cdfast.config import (
     ConfigError,
     Recipe,
-    from_dict,
     load_recipe,
     override,
     parse_command_line,
@@ -38,6 +37,7 @@ from cdfast.config import (
 )
 from cdfast.data import DataError
 from cdfast.models import load_processor, make_initial_student
+from cdfast.records import printable
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
 from cdfast.stages import (
@@ -129,7 +129,7 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     path = folder / RECIPE_FILE
     if not path.exists():
         return
-    then = _options(from_dict(Recipe, yaml.safe_load(path.read_text()), str(path)))
+    then = _options(load_recipe(str(path)))
     now = _options(recipe)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
@@ -246,9 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _without_traceback(error: Exception) -> str:
-    """The message alone: a data loader's worker hands its traceback on as part of it."""
+    """The message alone, in one line: a data loader's worker adds its traceback to it."""
     raised = f"{DataError.__module__}.{DataError.__qualname__}: "
-    return str(error).rpartition(raised)[2].strip()
+    return printable(" ".join(str(error).rpartition(raised)[2].split()))
 
 
 if __name__ == "__main__":
