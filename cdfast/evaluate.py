@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cdfast.chat import chat_template
+from cdfast.models import load_config
 from cdfast.suites import Question, miniature_suite, with_shuffled_images
 from cdfast.synthetic import read_card
 
@@ -317,9 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports: dict[str, dict[str, Any]] = {}
     for name in options.models:
         try:
+            load_config(name)  # refuses code from the hub
             model = AutoModelForImageTextToText.from_pretrained(name).to(options.device)
             processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        # Configurations, tokenizers and unpicklers raise a dozen errors on damaged files.
+        except Exception as error:
             parser.error(
                 f"model {name!r} cannot be loaded: {error} Expected a vision-language checkpoint "
                 "with its processor, or a hub name."

@@ -26,7 +26,7 @@ from cdfast.adapters import set_trainable, share_vision_tower
 from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe, StageRecipe
 from cdfast.data import DataError, load_dataset
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
-from cdfast.models import load_config, load_model, teacher_source
+from cdfast.models import check_models, load_config, load_model, teacher_source
 
 STAGE_FILE = "stage.json"
 # Trainer settings that a recipe's `arguments` may change.
@@ -97,10 +97,23 @@ def check_stages(run: Run) -> None:
         for path in stage.image_root or run.recipe.image_root:
             if not Path(path).is_dir():
                 raise ConfigError(f"image_root: {where}: expected a folder; got {path!r}.")
-        with user_errors():
+    check_options(run)
+    reason = available_backends().get(run.recipe.backend)
+    if reason and any(stage.alignment_weight for stage in run.recipe.stages):
+        raise ConfigError(f"backend: {run.recipe.backend!r} cannot run here: {reason}")
+
+
+def check_options(run: Run) -> None:
+    """Refuse what is wrong on any machine: models of the wrong kind, options that do not exist.
+
+    Raises:
+        ConfigError: see `check_stages`.
+    """
+    check_models(run.recipe)
+    with user_errors():
+        for number in range(1, len(run.recipe.stages) + 1):
             stage_arguments(run, number)
-    if any(stage.alignment_weight for stage in run.recipe.stages):
-        with user_errors():
+        if any(stage.alignment_weight for stage in run.recipe.stages):
             _check_alignment(run.recipe)
 
 
@@ -116,9 +129,6 @@ def _check_alignment(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}.")
-    reason = available_backends().get(recipe.backend)
-    if reason:
-        raise ConfigError(f"backend: {recipe.backend!r} cannot run here: {reason}")
     for source in (recipe.teacher, recipe.student):
         if source and source != MINIATURE:
             config = load_config(source, recipe.trust_remote_code).get_text_config(decoder=True)

@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,6 +194,7 @@ def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     if not recipe.output_dir.strip():
         raise ConfigError("output_dir: expected a folder; got an empty name.")
     folder = Path(recipe.output_dir)
+    check_writable(folder)
     if overwrite and (folder / RECIPE_FILE).exists():
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()) and not resume:
@@ -201,6 +203,23 @@ def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
             "--overwrite to delete it, or another --output-dir."
         )
     return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written in, now and not when the first stage ends.
+
+    Raises:
+        ConfigError: it, or the folder that is to hold it, is a file or takes no files.
+    """
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"output_dir: expected a folder that can be written; got {str(folder)!r}: {error}. "
+            "Give another --output-dir."
+        ) from error
 
 
 def list_recipes() -> None:
