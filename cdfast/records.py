@@ -424,7 +424,10 @@ def _says(part: dict) -> bool:
 
 
 def _images(record: dict, inline: list[Any], roots: tuple[str, ...], source: str) -> tuple:
-    field = next((name for name in ("image", "images") if record.get(name) is not None), None)
+    fields = [name for name in ("image", "images") if record.get(name) is not None]
+    if len(fields) == 2:
+        raise _broken(source, "image", "'image' or 'images'", "both", "remove one of them")
+    field = fields[0] if fields else None
     given = [] if field is None else record[field]
     given = given if isinstance(given, list) else [given]
     if given and inline:
