@@ -356,7 +356,7 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
     elif annotation in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if annotation is float and number == number:
             return number

@@ -191,8 +191,10 @@ def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
                 raise ConfigError(f"--resume: there is no run of {recipe.name!r} in runs/.")
             return max(existing, key=lambda path: path.stat().st_mtime)
         return next(path for path in taken if not path.exists())
-    if not recipe.output_dir.strip():
-        raise ConfigError("output_dir: expected a folder; got an empty name.")
+    if not recipe.output_dir.strip() or "\0" in recipe.output_dir:
+        raise ConfigError(
+            f"output_dir: expected a folder; got {recipe.output_dir!r}. Give another --output-dir."
+        )
     folder = Path(recipe.output_dir)
     check_writable(folder)
     if overwrite and (folder / RECIPE_FILE).exists():

@@ -24,8 +24,9 @@ def parse_yaml(text: str) -> Any:
         ValueError: no valid YAML, a Python tag, a key that stands twice, an alias of itself, or
             aliases that stand for more than `MAX_NODES` values; the message has the position.
     """
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -36,7 +37,8 @@ def parse_yaml(text: str) -> Any:
     except RecursionError as error:
         raise ValueError("no valid YAML: nested too deeply; flatten it") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def read_yaml(path: Path) -> Any:
