@@ -317,7 +317,8 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - start
     _export(run, trainer, number)
-    skipped = getattr(trainer.train_dataset, "skipped", None)
+    data: Any = trainer.train_dataset
+    skipped = getattr(data, "skipped", None)
     result = {
         "stage": stage.stage,
         "steps": output.global_step,
@@ -325,6 +326,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "samples_per_second": output.metrics.get("train_samples_per_second"),
         "matches": _matches_as_json(trainer.aligner),
         "skipped": dict(skipped) if skipped else {},
+        "skipped_records": data.skipped_records() if skipped else {},
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     if run.state.is_main_process:
