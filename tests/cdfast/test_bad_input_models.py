@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
+from cdfast import evaluate
 from cdfast.train import main
 from tests.cdfast import photo_setup
 from tests.cdfast.command import arguments, refused
@@ -140,6 +141,44 @@ def test_student_without_the_image_token_gets_it(paths, tmp_path):
     made = json.loads((tmp_path / "run" / "student-init" / "config.json").read_text())
     assert (
         made["text_config"]["vocab_size"] == made["image_token_index"] + 1 == config.vocab_size + 1
+    )
+
+
+def make_unusable(paths, folder, kind):
+    if kind == "absent":
+        return folder
+    source = paths.student if kind == "no vision" else paths.teacher
+    shutil.copytree(source, folder)
+    if kind == "torn":
+        cut_weights(folder)
+    elif kind == "pickle":
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+    elif kind == "code of the hub":
+        change_json(folder / "config.json", attn_implementation="a/b")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["absent", "no vision", "torn", "pickle", "code of the hub"])
+def test_evaluation_of_an_unusable_model_is_refused(kind, paths, tmp_path, capsys):
+    model = make_unusable(paths, tmp_path / "model", kind)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([str(model), "--per-kind", "1", "--vqa-per-kind", "1"])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"model '{model}' cannot be loaded: " in printed
+    assert "Expected a vision-language checkpoint" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+@pytest.mark.parametrize("option", ["--batch-size", "--per-kind", "--vqa-per-kind"])
+def test_evaluation_options_out_of_range(option, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["absent", f"{option}={value}"])
+    assert stopped.value.code == 2
+    assert (
+        f"{option}: expected a whole number, at least 1; got '{value}'" in capsys.readouterr().err
     )
 
 
