@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -591,3 +592,19 @@ def test_skipped_records_are_named_and_the_report_is_escaped(paths, tmp_path, wo
     assert "<script" not in report
     assert "<img" not in report
     assert "&lt;script&gt;alert(1)" in report
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_every_promise_names_a_test_that_exists():
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    named = set(re.findall(r"\btest_\w+(?=`)", page))
+    folder = Path(__file__).parent
+    defined = {
+        name
+        for path in (*folder.glob("test_bad_input*.py"), folder / "test_security.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert len(named) >= 20
+    assert named - defined == set()
