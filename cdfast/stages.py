@@ -93,10 +93,14 @@ def check_stages(run: Run) -> None:
         where = f"stage {number} ({stage.stage})"
         for path in stage.data or run.recipe.data:
             if path != MINIATURE and not Path(path).exists():
-                raise ConfigError(f"data: {where}: expected an existing file; got {path!r}.")
+                raise ConfigError(
+                    f"data: {where}: expected an existing file; got {path!r}. Give --data FILE."
+                )
         for path in stage.image_root or run.recipe.image_root:
             if not Path(path).is_dir():
-                raise ConfigError(f"image_root: {where}: expected a folder; got {path!r}.")
+                raise ConfigError(
+                    f"image_root: {where}: expected a folder; got {path!r}. Give --image-root."
+                )
     check_options(run)
     reason = available_backends().get(run.recipe.backend)
     if reason and any(stage.alignment_weight for stage in run.recipe.stages):
