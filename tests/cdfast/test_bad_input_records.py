@@ -320,13 +320,14 @@ def test_an_id_cannot_break_the_line(tmp_path, root):
     assert error.value.source == r"d.jsonl, record 0 (line 1, id x\n\x1b[2J)"
 
 
-def test_megabytes_of_text_are_cut_to_max_length(tmp_path, root):
-    (tmp_path / "d.jsonl").write_bytes(as_lines(talk(answer="red " * 250_000)))
+def test_a_very_long_text_is_cut_to_max_length(tmp_path, root):
+    (tmp_path / "d.jsonl").write_bytes(as_lines(talk(answer="red " * 30_000)))
     encoded = load(tmp_path / "d.jsonl", root, max_length=128)[0]
     assert len(encoded["input_ids"]) == 128
     assert encoded["truncated"]
 
 
+@pytest.mark.filterwarnings("ignore:the next good record")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_record_without_room_for_its_answer_is_replaced_alone(tmp_path, root, workers):
     records = [talk(), talk("<image>\n" + "why " * 100), talk(image="b.png", answer="green")]
