@@ -11,6 +11,8 @@ import argparse
 import dataclasses
 import difflib
 import importlib.resources
+import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -18,8 +20,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
+
+from cdfast.yaml_file import parse_yaml, read_yaml
 
 STAGES = ("pretrain", "sft", "dpt", "dft")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -42,16 +45,42 @@ _STAGE_WEIGHTS = {
     "dft": {"kl_weight": 1.0, "alignment_weight": 1.0},
 }
 PROJECTOR_ONLY = ("pretrain", "dpt")
+# TrainingArguments that stages set by options of their own, whose values are checked.
+_OWN_NAMES = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "dataloader_num_workers": "workers",
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+}
+_ARGUMENT_LIMITS: dict[str, dict[str, float]] = {
+    "adam_beta1": {"at_least": 0, "below": 1},
+    "adam_beta2": {"at_least": 0, "below": 1},
+    "adam_epsilon": {"above": 0},
+    "label_smoothing_factor": {"at_least": 0, "below": 1},
+    "logging_steps": {"above": 0},
+    "save_steps": {"above": 0},
+    "save_total_limit": {"at_least": 1},
+}
 
 
 class ConfigError(ValueError):
     """A recipe or an option that cannot be used; the message says which, and what to write."""
 
 
-def _option(default: Any, help: str) -> Any:
+def _option(default: Any, help: str, **limits: float) -> Any:
+    """A field with its help text and, for numbers, the limits that `_check_limits` holds it to."""
+    metadata = {"help": help, "limits": limits}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -67,18 +96,22 @@ class StageRecipe:
     image_root: list[str] | None = _option(
         None, "Image roots of this stage; default: the recipe's."
     )
-    epochs: float = _option(1.0, "Passes over the data; ignored when max_steps is given.")
-    max_steps: int = _option(-1, "Optimizer steps; -1: by epochs.")
-    batch_size: int = _option(16, "Samples per process and forward pass.")
-    gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
-    learning_rate: float = _option(2e-4, "Peak learning rate (AdamW).")
+    epochs: float = _option(1.0, "Passes over the data; ignored when max_steps is given.", above=0)
+    max_steps: int = _option(-1, "Optimizer steps; -1: by epochs.", at_least=-1)
+    batch_size: int = _option(16, "Samples per process and forward pass.", at_least=1)
+    gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.", at_least=1)
+    learning_rate: float = _option(2e-4, "Peak learning rate (AdamW).", at_least=0)
     muon_learning_rate: float | None = _option(
-        None, "Muon for decoder matrices at this rate; AdamW keeps the rest."
+        None,
+        "Muon for decoder matrices at this rate; AdamW keeps the rest.",
+        at_least=0,
     )
     lr_scheduler_type: str = _option("cosine", "Any scheduler of transformers.")
-    warmup: float = _option(0.03, "Warm-up: a share of the steps if < 1, else a number of steps.")
-    weight_decay: float = _option(0.0, "Weight decay.")
-    max_grad_norm: float = _option(1.0, "Gradient clipping.")
+    warmup: float = _option(
+        0.03, "Warm-up: a share of the steps if < 1, else a number of steps.", at_least=0
+    )
+    weight_decay: float = _option(0.0, "Weight decay.", at_least=0)
+    max_grad_norm: float = _option(1.0, "Gradient clipping.", at_least=0)
     lora: bool = _option(False, "Train LoRA adapters of the language model, merged at the end.")
     gradient_checkpointing: bool = _option(False, "Recompute activations (non-reentrant).")
     keep_alignment: bool = _option(
@@ -86,13 +119,19 @@ class StageRecipe:
         "With gradient checkpointing: keep attention and alignment of aligned layers instead of "
         "repeating them (faster on long sequences, more memory).",
     )
-    lm_weight: float = _option(1.0, "Weight of the language-model loss.")
-    kl_weight: float | None = _option(None, "Weight of the logit KL; default: 1 in dpt and dft.")
+    lm_weight: float = _option(1.0, "Weight of the language-model loss.", at_least=0)
+    kl_weight: float | None = _option(
+        None, "Weight of the logit KL; default: 1 in dpt and dft.", at_least=0
+    )
     alignment_weight: float | None = _option(
-        None, "Weight of visual attention alignment; default: 1 in dft."
+        None,
+        "Weight of visual attention alignment; default: 1 in dft.",
+        at_least=0,
     )
     turns_mix: list[int] | None = _option(
-        None, "Embedded data only: turns per scene (list, vqa, loc, rel, verify, ab)."
+        None,
+        "Embedded data only: turns per scene (list, vqa, loc, rel, verify, ab).",
+        at_least=0,
     )
     arguments: dict[str, Any] = _option({}, "Further transformers.TrainingArguments of this stage.")
 
@@ -134,13 +173,15 @@ class Recipe:
 
     data: list[str] = _option([], "LLaVA JSON or `messages` files, or 'miniature'.")
     image_root: list[str] = _option([], "Folders that image paths are resolved in, and stay in.")
-    max_length: int = _option(2048, "Tokens per sample; the end is cut, never an image.")
+    max_length: int = _option(
+        2048, "Tokens per sample; the end is cut, never an image.", at_least=1
+    )
     turns: str = _option(
         "dialogue", "dialogue, or independent: turns that share the image but not each other."
     )
     on_error: str = _option("raise", "Broken record or image: raise, or skip and count.")
-    max_pixels: int = _option(67_108_864, "Largest image that is decoded, in pixels.")
-    workers: int = _option(1, "Data loader processes per rank.")
+    max_pixels: int = _option(67_108_864, "Largest image that is decoded, in pixels.", at_least=1)
+    workers: int = _option(1, "Data loader processes per rank.", at_least=0)
 
     preset: str = _option("paper", "Alignment preset: paper or official.")
     objective: str | None = _option(None, "row, map, pooled, mse or kl; default: the preset's.")
@@ -158,20 +199,24 @@ class Recipe:
     )
     offload_optimizer: bool = _option(False, "With ZeRO: keep optimizer states in CPU memory.")
     rank_timeout: float = _option(
-        300.0, "Seconds without a sign of life after which a rank is reported and the run ends."
+        300.0,
+        "Seconds without a sign of life after which a rank is reported and the run ends.",
+        above=0,
     )
     max_skipped_steps: int = _option(
-        5, "Steps in a row with a non-finite loss or gradient after which the run stops."
+        5,
+        "Steps in a row with a non-finite loss or gradient after which the run stops.",
+        at_least=0,
     )
 
-    lora_r: int = _option(128, "LoRA rank.")
-    lora_alpha: int = _option(256, "LoRA alpha.")
-    lora_dropout: float = _option(0.05, "LoRA dropout.")
+    lora_r: int = _option(128, "LoRA rank.", at_least=1)
+    lora_alpha: int = _option(256, "LoRA alpha.", at_least=1)
+    lora_dropout: float = _option(0.05, "LoRA dropout.", at_least=0, below=1)
 
     evaluate: str | None = _option(None, "Evaluation after training: 'miniature', or none.")
-    evaluate_per_kind: int = _option(300, "Caption pairs per question kind.")
-    evaluate_vqa_per_kind: int = _option(150, "Recognition questions per kind.")
-    seed: int = _option(0, "Seed of weights, data and order.")
+    evaluate_per_kind: int = _option(300, "Caption pairs per question kind.", at_least=1)
+    evaluate_vqa_per_kind: int = _option(150, "Recognition questions per kind.", at_least=1)
+    seed: int = _option(0, "Seed of weights, data and order.", at_least=0, below=2**32)
     output_dir: str | None = _option(None, "Where the run goes; default: a new folder in runs/.")
     arguments: dict[str, Any] = _option({}, "transformers.TrainingArguments for every stage.")
     stages: list[StageRecipe] = _option([], "The stages, in order.")
@@ -183,7 +228,19 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ConfigError("name: expected a name of the run; got an empty one. Give --name.")
         self.arguments = {k: _training_argument(k, v) for k, v in self.arguments.items()}
+        _check_limits(self)
+        for number, stage in enumerate(self.stages, 1):
+            _check_stage(stage, f"stage {number} ({stage.stage}): ")
+        for name in self.compare:
+            # It names a folder of the run.
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ConfigError(
+                    f"compare: expected names of letters, digits, '.', '_' and '-'; got {name!r}. "
+                    "Rename the variant."
+                )
         _choice("turns", self.turns, ("dialogue", "independent"))
         _choice("on_error", self.on_error, ("raise", "skip"))
         _choice("student_projector", self.student_projector, ("mlp", "linear"))
@@ -227,6 +284,50 @@ def _choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ConfigError(_unknown(name, value, allowed))
 
 
+def _check_limits(options: StageRecipe | Recipe, where: str = "") -> None:
+    """Refuse numbers outside the limits of their fields, and infinite ones."""
+    for f in fields(options):
+        value = getattr(options, f.name)
+        for number in value if isinstance(value, list) else [value]:
+            _check_number(f"{f.name}: {where}", number, f.metadata["limits"], f.name)
+    for name, value in options.arguments.items():
+        _check_number(f"arguments.{name}: {where}", value, _ARGUMENT_LIMITS.get(name, {}), name)
+
+
+def _check_number(what: str, value: Any, limits: dict[str, float], option: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    expected = {
+        "above": ("more than", lambda limit: value > limit),
+        "at_least": ("at least", lambda limit: value >= limit),
+        "below": ("less than", lambda limit: value < limit),
+    }
+    broken = [
+        f"{expected[k][0]} {limit:g}" for k, limit in limits.items() if not expected[k][1](limit)
+    ]
+    if isinstance(value, float) and not math.isfinite(value):
+        broken = ["a finite number"]
+    if broken:
+        flag = option.replace("_", "-")
+        raise ConfigError(
+            f"{what}expected {broken[0]}; got {value}. Correct the recipe, or give --{flag} NUMBER."
+        )
+
+
+def _check_stage(stage: StageRecipe, where: str) -> None:
+    _check_limits(stage, where)
+    if stage.max_steps == 0:
+        raise ConfigError(
+            f"max_steps: {where}expected at least 1, or -1 to train by epochs; got 0. Give "
+            "--max-steps N, or leave the stage out."
+        )
+    if not (stage.lm_weight or stage.kl_weight or stage.alignment_weight):
+        raise ConfigError(
+            f"lm_weight, kl_weight, alignment_weight: {where}expected at least one above 0; got 0 "
+            "for all, so nothing would be trained. Give one of them, or leave the stage out."
+        )
+
+
 def _coerce(value: Any, annotation: Any, where: str) -> Any:
     """`value` as the annotated type; YAML reads 2e-4 as text, and the command line everything."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -255,7 +356,7 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
     elif annotation in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if annotation is float and number == number:
             return number
@@ -264,7 +365,15 @@ def _coerce(value: Any, annotation: Any, where: str) -> Any:
     elif annotation is str and isinstance(value, (str, int, float)):
         return str(value)
     kind = getattr(annotation, "__name__", str(annotation))
-    raise ConfigError(f"{where}: expected {kind}; got {value!r}.")
+    raise ConfigError(
+        f"{where}: expected {kind}; got {_shown(value)}. Correct it in the recipe or on the "
+        "command line."
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _training_argument(name: str, value: Any) -> Any:
@@ -275,13 +384,19 @@ def _training_argument(name: str, value: Any) -> Any:
     """
     if name not in _TRAINER_TYPES:
         raise ConfigError(_unknown("arguments", name, _near(name, list(_TRAINER_TYPES))))
+    if name in _OWN_NAMES:
+        raise ConfigError(
+            f"arguments.{name}: expected the option {_OWN_NAMES[name]!r}, which sets it and whose "
+            f"value is checked; got {_shown(value)} here. Give "
+            f"--{_OWN_NAMES[name].replace('_', '-')}, or write it beside `arguments`."
+        )
     hint, where = _TRAINER_TYPES[name], f"arguments.{name}"
     kinds = [k for k in typing.get_args(hint) or (hint,) if k is not type(None)]
     if len(kinds) == 1 and kinds[0] in (bool, int, float, str):
         return _coerce(value, hint, where)
     try:
-        parsed = yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError as error:
+        parsed = parse_yaml(value) if isinstance(value, str) else value
+    except ValueError as error:
         raise ConfigError(f"{where}: expected text or YAML; got {value!r}: {error}") from error
     if isinstance(parsed, bool) and bool not in kinds:  # YAML reads the words no and yes as these
         return value if isinstance(value, str) else "yes" if value else "no"
@@ -295,7 +410,9 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "recipe") -> Any:
         ConfigError: an unknown key, or a value of the wrong type.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected a mapping of options; got {values!r}.")
+        raise ConfigError(
+            f"{where}: expected a mapping of options; got {_shown(values)}. Write `option: value`."
+        )
     hints = typing.get_type_hints(cls)
     names = [f.name for f in fields(cls)]
     for key in values:
@@ -321,10 +438,10 @@ def load_recipe(source: str) -> Recipe:
     if not path.is_file():
         raise ConfigError(_unknown("recipe", source, list(shipped)) + " Or give a YAML file.")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: no valid YAML: {error}") from error
-    recipe: Recipe = from_dict(Recipe, values or {}, path.name)
+        values = read_yaml(path)
+        recipe: Recipe = from_dict(Recipe, {} if values is None else values)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return recipe
 
 
@@ -431,7 +548,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
                 help=f"{f.metadata['help']}{shown}".replace("%", "%%"),
             )
     # The recipe comes first: argparse would take the value of an option it does not know for it.
-    argv = list(argv)
+    argv = _join_negative(argv)
     source = argv.pop(0) if argv and not argv[0].startswith("-") else None
     namespace, rest = parser.parse_known_args(argv)
     if source is None:
@@ -443,7 +560,24 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
     chosen = argparse.Namespace(**{k: getattr(namespace, k) for k in flag_names})
     if chosen.list:
         return None, chosen
+    if chosen.resume and chosen.overwrite:
+        raise ConfigError(
+            "--resume, --overwrite: expected one of them; got both. --resume continues the run in "
+            "--output-dir, --overwrite deletes it."
+        )
     return override(load_recipe(source), options), chosen
+
+
+def _join_negative(argv: Sequence[str]) -> list[str]:
+    """`--name -1e-4` as `--name=-1e-4`: argparse takes what begins with a dash for an option."""
+    joined: list[str] = []
+    for token in argv:
+        follows_option = bool(joined) and joined[-1].startswith("--") and "=" not in joined[-1]
+        if follows_option and re.match(r"-(\.?\d|inf|nan)", token):
+            joined[-1] += f"={token}"
+        else:
+            joined.append(token)
+    return joined
 
 
 def _pairs(tokens: Sequence[str]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ REASONS = (
     "chat template",
 )
 _PROGRESS_FROM = 2000
+# Records named for each reason in the results of a run; all are counted.
+_NAMED = 20
 
 Paths = str | Path | Sequence[str | Path]
 Roots = str | Path | Sequence[str | Path] | Mapping[Any, Any] | None
@@ -128,6 +130,7 @@ class VisionTextDataset(Dataset):
         self.files = _open_files(_listed(paths), image_roots)
         self._layouts = [self.layout or file.layout() for file in self.files]
         self._dropped: Counter[str] = Counter()
+        self._dropped_names: dict[str, list[str]] = {}
         self._warned: set[str] = set()
         self._build_index(check_images)
         # Shared with loader workers, whose own counters would be lost with them: for each sample
@@ -153,6 +156,9 @@ class VisionTextDataset(Dataset):
                 if self.on_error == "raise" or error.reason == "chat template":
                     raise
                 self._dropped[error.reason] += 1
+                names = self._dropped_names.setdefault(error.reason, [])
+                if len(names) < _NAMED:
+                    names.append(error.source)
                 first.setdefault(error.reason, error)
                 continue
             index.append((f, r))
@@ -226,6 +232,15 @@ class VisionTextDataset(Dataset):
         codes = torch.bincount(self._replaced.long(), minlength=len(REASONS) + 1)[1:]
         counts.update({REASONS[n]: int(c) for n, c in enumerate(codes.tolist()) if c})
         return counts
+
+    def skipped_records(self) -> dict[str, list[str]]:
+        """The first records left out or replaced so far, by reason (in all loader workers)."""
+        names = {reason: list(sources) for reason, sources in self._dropped_names.items()}
+        for index in self._replaced.nonzero().flatten().tolist():
+            listed = names.setdefault(REASONS[int(self._replaced[index]) - 1], [])
+            if len(listed) < _NAMED:
+                listed.append(self.sample(index).source)
+        return names
 
     @property
     def truncated(self) -> int:

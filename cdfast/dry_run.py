@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -21,14 +22,23 @@ from cdfast.aligner import VisualAttentionAligner
 from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
+from cdfast.stages import Run, check_options
 
 
 def _sized_config(sizes: dict[str, Any]) -> PreTrainedConfig:
+    if not isinstance(sizes, dict):
+        raise ConfigError(f"architecture: expected a mapping of sizes; got {sizes!r}. Correct it.")
     options = dict(sizes)
     kind = options.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
         raise ConfigError(f"architecture: expected a model_type of transformers; got {kind!r}.")
-    return CONFIG_MAPPING[kind](**options)
+    try:
+        return CONFIG_MAPPING[kind](**options)
+    # transformers checks its fields with a class of errors for each kind of mistake.
+    except Exception as error:
+        raise ConfigError(
+            f"architecture: expected fields of {kind!r}; got {sizes}: {error} Correct them."
+        ) from error
 
 
 def model_configs(recipe: Recipe) -> tuple[PreTrainedConfig | None, PreTrainedConfig]:
@@ -38,6 +48,12 @@ def model_configs(recipe: Recipe) -> tuple[PreTrainedConfig | None, PreTrainedCo
     """
     sizes = recipe.architecture
     teacher: Any = None
+    unknown = set(sizes) - {"vision", "student", "teacher"}
+    if sizes and (unknown or not {"vision", "student"} <= set(sizes)):
+        raise ConfigError(
+            "architecture: expected sizes of 'vision' and 'student', and of 'teacher' where there "
+            f"is one; got {sorted(sizes)}. Correct the recipe."
+        )
     if "vision" in sizes:
         vision = _sized_config(sizes["vision"])
         text = _sized_config(sizes["student"])
@@ -96,6 +112,9 @@ def dry_run(recipe: Recipe) -> None:
     """
     if not (recipe.student and recipe.stages):
         recipe.check_runnable()
+    if not recipe.architecture:
+        # With sizes of its own a recipe may name models that are not here.
+        check_options(Run(recipe, Path("unused"), None, PartialState(cpu=True)))
     console = Console()
     teacher_config, student_config = model_configs(recipe)
     student = meta_model(student_config)

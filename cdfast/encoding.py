@@ -88,6 +88,13 @@ def check_sample(processor: Any, sample: Sample, *, turns: str = "dialogue") -> 
                         f"{found[0]!r} in {part['text'][:80]!r}",
                         "use an image part, or remove the token",
                     )
+                if not _is_unicode(part["text"]):
+                    refuse(
+                        where,
+                        "text that UTF-8 can write",
+                        f"half a character in {part['text'][:80]!r}",
+                        "remove the lone \\ud800 to \\udfff",
+                    )
         if message["role"] == "assistant" and not message_text(message).strip():
             refuse(where, "an answer", "an empty one", "remove the turn")
     if images != len(sample.images):
@@ -103,6 +110,15 @@ def check_sample(processor: Any, sample: Sample, *, turns: str = "dialogue") -> 
         refuse("messages", "an assistant message", "none", "add the answer")
     if turns == "independent":
         _single_turns(sample)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no half of a surrogate pair is left: JSON can write one, tokenizers take none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _begins_with_bos(tokenizer: Any, text: str) -> bool:

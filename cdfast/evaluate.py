@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cdfast.chat import chat_template
+from cdfast.models import load_config
 from cdfast.suites import Question, miniature_suite, with_shuffled_images
 from cdfast.synthetic import read_card
 
@@ -298,15 +299,23 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1; got {text!r}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("cdfast.evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folder or hub name")
     parser.add_argument("--suite", choices=["miniature"], default="miniature")
     parser.add_argument("--split", choices=["validation", "test"], default="test")
-    parser.add_argument("--per-kind", type=int, default=300, help="caption pairs per kind")
-    parser.add_argument("--vqa-per-kind", type=int, default=150)
+    parser.add_argument(
+        "--per-kind", type=_at_least_one, default=300, help="caption pairs per kind"
+    )
+    parser.add_argument("--vqa-per-kind", type=_at_least_one, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=_at_least_one, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shuffle-images", action="store_true", help="add the image-blind control")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results here")
@@ -317,9 +326,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports: dict[str, dict[str, Any]] = {}
     for name in options.models:
         try:
+            load_config(name)  # refuses code from the hub
             model = AutoModelForImageTextToText.from_pretrained(name).to(options.device)
             processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        # Configurations, tokenizers and unpicklers raise a dozen errors on damaged files.
+        except Exception as error:
             parser.error(
                 f"model {name!r} cannot be loaded: {error} Expected a vision-language checkpoint "
                 "with its processor, or a hub name."

@@ -17,12 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 MAX_PIXELS = 64_000_000
 # Raster formats only: PIL's EPS plug-in runs Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _URL = re.compile(r"^\s*(?:[a-z][a-z0-9+.\-]*://|(?:data|file|https?|ftp):)", re.IGNORECASE)
+# EXIF's orientations other than 1; transformers.image_utils.load_image turns them upright too.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
 
@@ -140,12 +150,13 @@ class ImageFile:
             mode = real.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, RuntimeError) as error:
+        # ValueError: characters that no file name can have.
+        except (OSError, RuntimeError, ValueError) as error:
             raise DataError(
                 source=source,
                 field=field,
                 expected="a readable image file",
-                got=f"{self.name!r}: {error}",
+                got=f"{self.name[:100]!r}: {error}",
                 remedy="check the path and its permissions",
                 reason="image unreadable",
             ) from error
@@ -296,11 +307,27 @@ def _decoded(image: Image.Image, ours: bool) -> Image.Image:
     if image.width == 0 or image.height == 0:
         raise ValueError("the image is empty")
     image.load()
-    if image.mode.startswith("I;16"):
+    if not ours and image.mode == "RGB":
+        return image
+    turn = _TURNS.get(_orientation(image)) if ours else None
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         # PIL clips 16-bit grey at 255 instead of scaling it.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"mode {image.mode!r} has no fixed range of values; save it with 8 or 16 bits a channel"
+        )
     # A copy, since the file behind the image is about to be closed.
-    return image if image.mode == "RGB" and not ours else image.convert("RGB")
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> Any:
+    """How the camera was held; None where the metadata cannot be read, as where there is none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return None
 
 
 def _from_array(image: np.ndarray, source: str, field: str) -> Image.Image:

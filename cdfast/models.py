@@ -38,15 +38,53 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     """A checkpoint's configuration.
 
     Raises:
-        ConfigError: there is none; the message has the loader's reason.
+        ConfigError: there is none, it is broken, or it asks for code; the message has the reason.
     """
+    config = _loaded(
+        AutoConfig,
+        source,
+        "cannot be loaded",
+        "Expected a Hugging Face checkpoint folder (config.json and safetensors) or a hub name.",
+        trust_remote_code,
+    )
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        kernel = getattr(part, "_attn_implementation", None)
+        # transformers fetches and runs what has the name of a hub repository.
+        if isinstance(kernel, str) and "/" in kernel and not trust_remote_code:
+            raise ConfigError(
+                f"model {str(source)!r}: attn_implementation: expected none in config.json; got "
+                f"{kernel!r}, code from the hub. Remove it, or, if you trust that code, give "
+                "--trust-remote-code true."
+            )
+    return config
+
+
+def _loaded(
+    loader: Any, source: str | Path, what: str, expected: str, trust: bool, **options: Any
+) -> Any:
+    """`loader.from_pretrained`, whose errors on a stranger's files become one ConfigError."""
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        return loader.from_pretrained(source, trust_remote_code=trust, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    # Configurations, tokenizers and unpicklers raise a dozen different errors on damaged files.
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            expected = (
+                "It brings code of its own, which is not run. Read it, and if you trust it, give "
+                "--trust-remote-code true."
+            )
         raise ConfigError(
-            f"model {str(source)!r} cannot be loaded: {error} Expected a Hugging Face checkpoint "
-            "folder (config.json and safetensors) or a hub name."
+            f"model {str(source)!r} {what}: {type(error).__name__}: {error} {expected}"
         ) from error
+
+
+def is_vision_language(config: Any) -> bool:
+    """Whether a configuration is that of a model of images and text."""
+    return (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        or "vision_config" in config.sub_configs
+    )
 
 
 def load_model(
@@ -65,19 +103,39 @@ def load_model(
         ConfigError: no configuration or no weights; the message has the loader's reason.
     """
     config = load_config(source, trust_remote_code)
-    is_vlm = (
-        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        or "vision_config" in config.sub_configs
-    )
-    loader = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    try:
-        chosen = getattr(torch, dtype)
-        with sharded_loading(chosen) if sharded else unsharded_loading():
-            return loader.from_pretrained(source, dtype=chosen, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {str(source)!r}: its weights cannot be loaded: {error}"
-        ) from error
+    chosen = getattr(torch, dtype)
+    with sharded_loading(chosen) if sharded else unsharded_loading():
+        return _loaded(
+            AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM,
+            source,
+            "has weights that cannot be loaded",
+            "Expected model.safetensors, whole, of the sizes in config.json. Copy it again.",
+            trust_remote_code,
+            dtype=chosen,
+        )
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse by their configurations what cannot be a teacher or a student, loading no weights.
+
+    Raises:
+        ConfigError: a checkpoint without a readable configuration, or of the wrong kind.
+    """
+    for role in ("teacher", "student", "vision_tower"):
+        source = getattr(recipe, role)
+        if not source or source == MINIATURE:
+            continue
+        config = load_config(source, recipe.trust_remote_code)
+        if role == "teacher" and not is_vision_language(config):
+            raise ConfigError(
+                f"teacher: expected a vision-language model such as LLaVA; got {source!r} of "
+                f"model_type {config.model_type!r}. Give --teacher PATH of one."
+            )
+        if role == "student" and getattr(config.get_text_config(), "vocab_size", None) is None:
+            raise ConfigError(
+                f"student: expected a causal language model or a LLaVA checkpoint; got {source!r} "
+                f"of model_type {config.model_type!r}. Give --student PATH of one."
+            )
 
 
 def teacher_source(recipe: Recipe) -> str | Path:
@@ -91,13 +149,13 @@ def teacher_source(recipe: Recipe) -> str | Path:
 
 def _load_part(loader: Any, source: str | Path, recipe: Recipe) -> Any:
     load_config(source, recipe.trust_remote_code)  # its error is about the checkpoint as a whole
-    try:
-        return loader.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {str(source)!r}: its processor cannot be loaded: {error} Expected the files "
-            "that processor.save_pretrained writes beside the weights."
-        ) from error
+    return _loaded(
+        loader,
+        source,
+        "has a processor that cannot be loaded",
+        "Expected the files that processor.save_pretrained writes beside the weights.",
+        recipe.trust_remote_code,
+    )
 
 
 def load_processor(recipe: Recipe) -> Any:
@@ -136,7 +194,13 @@ def new_llava(
 
     Features are those of the encoder's last layer but one, as in LLaVA.
     """
-    tower = AutoModel.from_pretrained(vision, trust_remote_code=trust_remote_code)
+    tower = _loaded(
+        AutoModel,
+        vision,
+        "has weights that cannot be loaded",
+        "Expected a vision encoder with model.safetensors.",
+        trust_remote_code,
+    )
     tower = getattr(tower, "vision_model", tower)
     config = tower.config
     token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

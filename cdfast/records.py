@@ -7,6 +7,7 @@ a `DataError` that names the file, the record and the field. Records count from 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _LLAVA_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+_SPACE = re.compile(r"[ \t\n\r]*")
 _ROLES = {role: role for role in ("user", "assistant", "system")}
 
 
@@ -46,7 +48,47 @@ class Lines:
 
     def __getitem__(self, index: int) -> Any:
         start = self._ends[index - 1] if index else 0
-        return json.loads(self._buffer[start : self._ends[index]].tobytes())
+        line = self._buffer[start : self._ends[index]].tobytes().decode("utf-8")
+        return json.loads(line, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are unique: json keeps the last of two without a word."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} stands twice in an object")
+    return made
+
+
+def _behind_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _list_items(text: str) -> Iterator[str]:
+    """The text of every item of a JSON list, as it stands.
+
+    Raises:
+        json.JSONDecodeError: no valid JSON; its position is that in the whole text.
+        ValueError: a number of too many digits.
+    """
+    decoder = json.JSONDecoder()
+    at = _behind_space(text, _behind_space(text, 0) + 1)
+    is_empty = text[at : at + 1] == "]"
+    while not is_empty:
+        _, end = decoder.raw_decode(text, at)
+        yield text[at:end]
+        at = _behind_space(text, end)
+        if text[at : at + 1] == "]":
+            break
+        if text[at : at + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' or ']' behind a record", text, at)
+        at = _behind_space(text, at + 1)
+    end = _behind_space(text, at + 1)
+    if end != len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
 
 
 class Table:
@@ -102,6 +144,11 @@ class RecordFile:
         suffix = self.path.suffix.lower()
         if not self.path.exists():
             raise self._unreadable("an existing file", f"{str(self.path)!r}", "check the path")
+        if not (self.path.is_file() or self.path.is_dir()):
+            # Reading a pipe or a device may never end.
+            raise self._unreadable(
+                "a regular file", f"{str(self.path)!r}, a special file", "copy it into a file"
+            )
         try:
             if self.path.is_dir() or suffix == ".parquet":
                 return self._read_table()
@@ -120,8 +167,18 @@ class RecordFile:
         )
 
     def _read_list(self) -> Lines:
+        text = self.path.read_text(encoding="utf-8-sig")
+        items: list[bytes] = []
         try:
-            records = json.loads(self.path.read_text(encoding="utf-8-sig"))
+            if not text.startswith("[", _behind_space(text, 0)):
+                got = type(json.loads(text)).__name__
+                raise self._unreadable(
+                    "a list of records",
+                    f"a JSON {got}",
+                    "put the records into a list, or name a file of one record a line .jsonl",
+                )
+            for item in _list_items(text):
+                items.append(item.encode())
         except json.JSONDecodeError as error:
             raise self._unreadable(
                 "valid JSON",
@@ -129,13 +186,16 @@ class RecordFile:
                 "repair it, or name it .jsonl if it has one record a line",
                 error.lineno,
             ) from error
-        if not isinstance(records, list):
+        except DataError:
+            raise
+        # ValueError: a number of more digits than Python converts.
+        except (RecursionError, ValueError) as error:
             raise self._unreadable(
-                "a list of records",
-                f"a JSON {type(records).__name__}",
-                "put the records into a list, or name a file of one record a line .jsonl",
-            )
-        return Lines([json.dumps(record).encode() for record in records])
+                "valid JSON",
+                f"record {len(items)}: {type(error).__name__}: {error}",
+                "correct or remove the record",
+            ) from error
+        return Lines(items)
 
     def _read_lines(self) -> Lines:
         lines, numbers = [], []
@@ -173,7 +233,7 @@ class RecordFile:
         numbers = self.records.numbers
         notes = [] if numbers is None else [f"line {numbers[index]}"]
         if isinstance(record, dict) and isinstance(record.get("id"), str | int):
-            notes.append(f"id {str(record['id'])[:80]}")
+            notes.append(f"id {printable(str(record['id'])[:80])}")
         return f"{self.name}, record {index}" + (f" ({', '.join(notes)})" if notes else "")
 
     def layout(self) -> str:
@@ -185,7 +245,7 @@ class RecordFile:
         for index in range(len(self.records)):
             try:
                 record = self.records[index]
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             found = [name for name in LAYOUTS if isinstance(record, dict) and name in record]
             if found:
@@ -232,6 +292,11 @@ class RecordFile:
                 f"add or remove {kind} or images so that they match",
             )
         return Sample(messages, images, source)
+
+
+def printable(text: str) -> str:
+    """`text` without what would break a line or steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _broken(source: str, field: str, expected: str, got: Any, remedy: str) -> DataError:
@@ -359,7 +424,10 @@ def _says(part: dict) -> bool:
 
 
 def _images(record: dict, inline: list[Any], roots: tuple[str, ...], source: str) -> tuple:
-    field = next((name for name in ("image", "images") if record.get(name) is not None), None)
+    fields = [name for name in ("image", "images") if record.get(name) is not None]
+    if len(fields) == 2:
+        raise _broken(source, "image", "'image' or 'images'", "both", "remove one of them")
+    field = fields[0] if fields else None
     given = [] if field is None else record[field]
     given = given if isinstance(given, list) else [given]
     if given and inline:

@@ -26,7 +26,7 @@ from cdfast.data import DataError, load_dataset
 from cdfast.engine import full_state_dict, release_engine
 from cdfast.export import write_student
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
-from cdfast.models import load_config, load_model, teacher_source
+from cdfast.models import check_models, load_config, load_model, teacher_source
 from cdfast.storage import staged_folder, together, write_text
 
 STAGE_FILE = "stage.json"
@@ -95,19 +95,31 @@ def check_stages(run: Run) -> None:
         where = f"stage {number} ({stage.stage})"
         for path in stage.data or run.recipe.data:
             if path != MINIATURE and not Path(path).exists():
-                raise ConfigError(f"data: {where}: expected an existing file; got {path!r}.")
+                raise ConfigError(
+                    f"data: {where}: expected an existing file; got {path!r}. Give --data FILE."
+                )
         for path in stage.image_root or run.recipe.image_root:
             if not Path(path).is_dir():
-                raise ConfigError(f"image_root: {where}: expected a folder; got {path!r}.")
-        for name in ("batch_size", "gradient_accumulation_steps"):
-            if getattr(stage, name) < 1:
                 raise ConfigError(
-                    f"{name}: {where}: expected at least 1; got {getattr(stage, name)}."
+                    f"image_root: {where}: expected a folder; got {path!r}. Give --image-root."
                 )
-        with user_errors():
+    check_options(run)
+    reason = available_backends().get(run.recipe.backend)
+    if reason and any(stage.alignment_weight for stage in run.recipe.stages):
+        raise ConfigError(f"backend: {run.recipe.backend!r} cannot run here: {reason}")
+
+
+def check_options(run: Run) -> None:
+    """Refuse what is wrong on any machine: models of the wrong kind, options that do not exist.
+
+    Raises:
+        ConfigError: see `check_stages`.
+    """
+    check_models(run.recipe)
+    with user_errors():
+        for number in range(1, len(run.recipe.stages) + 1):
             stage_arguments(run, number)
-    if any(stage.alignment_weight for stage in run.recipe.stages):
-        with user_errors():
+        if any(stage.alignment_weight for stage in run.recipe.stages):
             _check_alignment(run.recipe)
 
 
@@ -123,9 +135,6 @@ def _check_alignment(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}.")
-    reason = available_backends().get(recipe.backend)
-    if reason:
-        raise ConfigError(f"backend: {recipe.backend!r} cannot run here: {reason}")
     for source in (recipe.teacher, recipe.student):
         if source and source != MINIATURE:
             config = load_config(source, recipe.trust_remote_code).get_text_config(decoder=True)
@@ -318,7 +327,8 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     _export(run, trainer, number)
     run.teacher = trainer.teacher or run.teacher
     release_engine(trainer.model_wrapped)
-    skipped = getattr(trainer.train_dataset, "skipped", None)
+    data: Any = trainer.train_dataset
+    skipped = getattr(data, "skipped", None)
     result = {
         "stage": stage.stage,
         "steps": output.global_step,
@@ -326,6 +336,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "samples_per_second": output.metrics.get("train_samples_per_second"),
         "matches": _matches_as_json(trainer.aligner),
         "skipped": dict(skipped) if skipped else {},
+        "skipped_records": data.skipped_records() if skipped else {},
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     if run.state.is_main_process:

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,6 @@ from accelerate.utils import broadcast_object_list
 from cdfast.config import (
     ConfigError,
     Recipe,
-    from_dict,
     load_recipe,
     override,
     parse_command_line,
@@ -39,6 +39,7 @@ from cdfast.config import (
 )
 from cdfast.data import DataError
 from cdfast.models import load_processor, make_initial_student
+from cdfast.records import printable
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
 from cdfast.stages import (
@@ -130,7 +131,7 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     path = folder / RECIPE_FILE
     if not path.exists():
         return
-    then = _options(from_dict(Recipe, yaml.safe_load(path.read_text()), str(path)))
+    then = _options(load_recipe(str(path)))
     now = _options(recipe)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
@@ -190,9 +191,12 @@ def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
                 return max(existing, key=lambda path: path.stat().st_mtime)
             print(f"--resume: no run of {recipe.name!r} in runs/ yet: starting afresh", flush=True)
         return next(path for path in taken if not path.exists())
-    if not recipe.output_dir.strip():
-        raise ConfigError("output_dir: expected a folder; got an empty name.")
+    if not recipe.output_dir.strip() or "\0" in recipe.output_dir:
+        raise ConfigError(
+            f"output_dir: expected a folder; got {recipe.output_dir!r}. Give another --output-dir."
+        )
     folder = Path(recipe.output_dir)
+    check_writable(folder)
     if resume and not (folder / RECIPE_FILE).exists():
         print(f"--resume: no run in {folder} yet: starting afresh", flush=True)
     if overwrite and (folder / RECIPE_FILE).exists():
@@ -203,6 +207,23 @@ def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
             "--overwrite to delete it, or another --output-dir."
         )
     return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written in, now and not when the first stage ends.
+
+    Raises:
+        ConfigError: it, or the folder that is to hold it, is a file or takes no files.
+    """
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"output_dir: expected a folder that can be written; got {str(folder)!r}: {error}. "
+            "Give another --output-dir."
+        ) from error
 
 
 def list_recipes() -> None:
@@ -251,9 +272,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _without_traceback(error: Exception) -> str:
-    """The message alone: a data loader's worker hands its traceback on as part of it."""
+    """The message alone, in one line: a data loader's worker adds its traceback to it."""
     raised = f"{DataError.__module__}.{DataError.__qualname__}: "
-    return str(error).rpartition(raised)[2].strip()
+    return printable(" ".join(str(error).rpartition(raised)[2].split()))
 
 
 if __name__ == "__main__":

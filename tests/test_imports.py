@@ -86,7 +86,7 @@ def test_trainer_modules_import_in_one_direction():
 
 @pytest.mark.parametrize("name", ["matching", "losses", "modeling_cdfast_llava", "config"])
 def test_leaves_import_nothing_of_the_trainer(name):
-    assert trainer_graph()[name] == set()
+    assert trainer_graph()[name] <= {"yaml_file"}
 
 
 def test_the_file_that_travels_with_checkpoints_needs_torch_and_transformers_only():

@@ -1,0 +1,31 @@
+"""The command with bad input: what it prints when it refuses."""
+
+import pytest
+
+from cdfast.train import main
+
+
+def refused(arguments, capsys):
+    """The one line that the command prints when it ends with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, printed
+    assert printed.rstrip("\n").endswith(lines[0])
+    return lines[0]
+
+
+def arguments(paths, out, **changed):
+    given = {
+        "teacher": paths.teacher,
+        "student": paths.student,
+        "data": paths.data,
+        "image-root": paths.images,
+        "output-dir": out,
+        "max-steps": 1,
+        **changed,
+    }
+    return ["compodistill", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
