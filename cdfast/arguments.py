@@ -105,24 +105,43 @@ class DistillationConfig(TrainingArguments):
         """Join the process group and choose DeepSpeed's configuration, where options ask for it."""
         if self.deepspeed:
             self.zero_stage = stage_of(self.deepspeed, self.zero_stage)
-        if self.zero_stage not in ZERO_STAGES:
-            raise ValueError(f"zero_stage: expected 0, 1, 2 or 3; got {self.zero_stage!r}.")
-        if self.teacher_placement not in TEACHER_PLACEMENTS:
-            raise ValueError(
-                f"teacher_placement: expected one of {', '.join(TEACHER_PLACEMENTS)}; got "
-                f"{self.teacher_placement!r}."
-            )
-        if self.offload_optimizer and not self.zero_stage:
-            raise ValueError(
-                "offload_optimizer: expected zero_stage 1, 2 or 3, which keeps optimizer states; "
-                "got 0. Give a stage, or leave the option out."
-            )
-        if self.muon_learning_rate is not None and self.zero_stage:
-            raise ValueError(
-                f"muon_learning_rate: expected zero_stage 0, because Muon needs whole matrices and "
-                f"ZeRO shards them; got {self.zero_stage}. Use AdamW, or zero_stage 0."
-            )
+        check_zero_options(
+            self.zero_stage,
+            self.teacher_placement,
+            self.offload_optimizer,
+            self.muon_learning_rate,
+        )
         if self.deepspeed or self.zero_stage or self.teacher_placement != "replicated":
             start_zero(self.ddp_timeout)
         if self.zero_stage and not self.deepspeed:
             self.deepspeed = zero_config(self.zero_stage, self.offload_optimizer)
+
+
+def check_zero_options(
+    zero_stage: int,
+    teacher_placement: str,
+    offload_optimizer: bool,
+    muon_learning_rate: float | None,
+) -> None:
+    """Refuse what is unknown or contradicts itself; needs neither DeepSpeed nor a launcher.
+
+    Raises:
+        ValueError: the option, what was expected, what came.
+    """
+    if zero_stage not in ZERO_STAGES:
+        raise ValueError(f"zero_stage: expected 0, 1, 2 or 3; got {zero_stage!r}.")
+    if teacher_placement not in TEACHER_PLACEMENTS:
+        raise ValueError(
+            f"teacher_placement: expected one of {', '.join(TEACHER_PLACEMENTS)}; got "
+            f"{teacher_placement!r}."
+        )
+    if offload_optimizer and not zero_stage:
+        raise ValueError(
+            "offload_optimizer: expected zero_stage 1, 2 or 3, which keeps optimizer states; got "
+            "0. Give a stage, or leave the option out."
+        )
+    if muon_learning_rate is not None and zero_stage:
+        raise ValueError(
+            "muon_learning_rate: expected zero_stage 0, because Muon needs whole matrices and ZeRO "
+            f"shards them; got {zero_stage}. Use AdamW, or zero_stage 0."
+        )

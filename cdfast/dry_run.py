@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 
 from cdfast.adapters import set_trainable
 from cdfast.aligner import VisualAttentionAligner
+from cdfast.arguments import check_zero_options
 from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
@@ -114,7 +116,7 @@ def dry_run(recipe: Recipe) -> None:
         recipe.check_runnable()
     if not recipe.architecture:
         # With sizes of its own a recipe may name models that are not here.
-        check_options(Run(recipe, Path("unused"), None, PartialState(cpu=True)))
+        check_options(Run(_unsharded(recipe), Path("unused"), None, PartialState(cpu=True)))
     console = Console()
     teacher_config, student_config = model_configs(recipe)
     student = meta_model(student_config)
@@ -172,6 +174,18 @@ def dry_run(recipe: Recipe) -> None:
         recipe.check_runnable()
     except ConfigError as error:
         console.print(f"not ready to run: {error}", markup=False)
+
+
+def _unsharded(recipe: Recipe) -> Recipe:
+    """The recipe without ZeRO, which would ask for a launcher; its options are checked."""
+    for stage in recipe.stages:
+        check_zero_options(
+            recipe.zero_stage,
+            recipe.teacher_placement,
+            recipe.offload_optimizer,
+            stage.muon_learning_rate,
+        )
+    return replace(recipe, zero_stage=0, teacher_placement="replicated", offload_optimizer=False)
 
 
 def _count(model: PreTrainedModel, trained: bool = False) -> int:
