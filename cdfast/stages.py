@@ -311,13 +311,14 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     start = time.monotonic()
     output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - start
+    throughput = trainer.throughput.summary(trainer.accelerator.gather)
     _export(run, trainer, number)
     skipped = getattr(trainer.train_dataset, "skipped", None)
     result = {
         "stage": stage.stage,
         "steps": output.global_step,
         "seconds": round(seconds, 2),
-        "samples_per_second": output.metrics.get("train_samples_per_second"),
+        **throughput,
         "matches": _matches_as_json(trainer.aligner),
         "skipped": dict(skipped) if skipped else {},
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],

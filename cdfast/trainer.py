@@ -17,6 +17,7 @@ from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
 from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
 from cdfast.distill import LOSS_NAMES, StudentTask, add_student_step, kl_rows, teacher_step
 from cdfast.losses import answer_rows
+from cdfast.metrics import Throughput, ThroughputCallback, shorten_progress
 from cdfast.optim import muon_with_adamw
 from cdfast.similarity import model_inputs
 
@@ -214,6 +215,16 @@ class DistillationTrainer(Trainer):
             # As nn.Module: the decorator around PreTrainedModel.to hides its signature from mypy.
             module: nn.Module = self.teacher
             module.to(args.device)
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.throughput = Throughput(
+            student,
+            self.teacher,
+            teacher_logits=args.kl_weight > 0,
+            device=args.device,
+            dtype=half or student.dtype,
+        )
+        self.add_callback(ThroughputCallback(self.throughput, self.accelerator))
+        shorten_progress(self.callback_handler)
         self._sums_since_log: dict[str, Tensor] = {}
         self._steps_since_log = 0
         self._evaluated = torch.zeros(())
@@ -224,6 +235,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of one global step and its counts over all ranks: (lm, kl, alignment)."""
+        self.throughput.begin_step()
         self._steps_since_log += 1
         batches: list[Any] = []
         for _ in range(num_batches):
@@ -231,9 +243,14 @@ class DistillationTrainer(Trainer):
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
+        self.throughput.mark("other")
         if not batches:
+            self.throughput.end_step()
             return batches, None
-        counts = torch.stack([self._counts(batch) for batch in batches]).sum(0).to(device)
+        each = [self._counts(batch) for batch in batches]
+        for batch, (lm, kl, _) in zip(batches, each):
+            self.throughput.count(batch, lm, kl)
+        counts = torch.stack(each).sum(0).to(device)
         return batches, self.accelerator.gather(counts).view(-1, len(LOSS_NAMES)).sum(0)
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
@@ -261,6 +278,8 @@ class DistillationTrainer(Trainer):
             counts = self._counts(inputs).to(self.args.device)
         aligner = self._calibrated_aligner(inputs)
         teacher = None
+        if training and self.teacher is not None:
+            self.throughput.mark("teacher")
         if self.teacher is not None:
             teacher = teacher_step(
                 self.teacher,
@@ -276,6 +295,8 @@ class DistillationTrainer(Trainer):
             aligner=aligner,
             unshifted_kl_mask=self.args.unshifted_kl_mask,
         )
+        if training:
+            self.throughput.mark("student")
         student_inputs = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
         sums: dict[str, Tensor] = model(**student_inputs, task=task)
         means = {
@@ -290,6 +311,13 @@ class DistillationTrainer(Trainer):
         total = torch.stack([getattr(self.args, f"{n}_weight") * v for n, v in means.items()]).sum()
         loss = total * self.accelerator.num_processes if training else total
         return (loss, {"loss": total, **means}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's: forward and backward of a micro-batch, and under DeepSpeed its step."""
+        loss = super().training_step(*args, **kwargs)
+        steps_next = self.accelerator.sync_gradients and not self.is_deepspeed_enabled
+        self.throughput.mark("optimizer" if steps_next else "other")
+        return loss
 
     def _calibrated_aligner(self, inputs: dict[str, Any]) -> VisualAttentionAligner | None:
         """The aligner, after adaptive matching has chosen; None before any rank has had an image.
@@ -328,6 +356,7 @@ class DistillationTrainer(Trainer):
                 logs[f"loss_{name}"] = total / self._steps_since_log
             self._sums_since_log.clear()
             self._steps_since_log = 0
+            logs |= self.throughput.read(self.accelerator.gather)
         super().log(logs, *args, **kwargs)
 
     def prediction_step(
