@@ -86,7 +86,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 def _measured_peak(device: str, dtype: torch.dtype) -> float:
     """Operations per second of the fastest of five large square products."""
     n = 8192 if device == "cuda" else 1024
-    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    own = torch.Generator(device)  # a run's random numbers must not depend on this
+    a, b = (torch.rand(n, n, device=device, generator=own).to(dtype) for _ in range(2))
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -222,10 +223,13 @@ def step_counts(
         each = (pixels.shape[-2] // patch[0]) * (pixels.shape[-1] // patch[1]) + patch[2]
         patches, patch_pairs = images * each, images * each**2
     tokens, pairs = layout.live.sum(), visible_pairs(layout)
-    numbers = [layout.num_samples, tokens, pairs, lm_rows, kl_rows, layout.visual.sum()]
-    numbers += [patches, patch_pairs]
-    device = layout.device
-    return torch.stack([torch.as_tensor(n, dtype=torch.int64, device=device) for n in numbers])
+    known = [layout.num_samples, patches, patch_pairs]
+    # Filled on the device: copying a number there would wait for all that is queued.
+    samples, patches, patch_pairs = (tokens.new_full((), n) for n in known)
+    visual = layout.visual.sum()
+    return torch.stack([samples, tokens, pairs, lm_rows, kl_rows, visual, patches, patch_pairs]).to(
+        torch.int64
+    )
 
 
 def visible_pairs(layout: VisualLayout) -> Tensor:

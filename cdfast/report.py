@@ -129,15 +129,15 @@ def print_summary(results: Results, folder: Path) -> None:
 
 
 def _speed(stages: list[dict[str, Any]]) -> str:
-    """Throughput of the last stage that has one, on a line; "" if none has."""
+    """Throughput of the stage that took longest, on a line; "" if none was measured."""
     known = [stage for stage in stages if stage.get("tokens_per_second")]
     if not known:
         return ""
-    last = known[-1]
-    line = f"{last['stage']}: {last['tokens_per_second']:,.0f} tokens/s, "
-    line += f"{last['samples_per_second']:.1f} samples/s"
-    mfu = last.get("mfu")
-    return line if mfu is None else f"{line}, MFU {mfu:.3f} of {last['mfu_of']}"
+    longest = max(known, key=lambda stage: stage.get("seconds") or 0)
+    line = f"{longest['stage']}: {longest['tokens_per_second']:,.0f} tokens/s, "
+    line += f"{longest['samples_per_second']:.1f} samples/s"
+    mfu = longest.get("mfu")
+    return line if mfu is None else f"{line}, MFU {mfu:.3f} of {longest['mfu_of']}"
 
 
 # -- sections of the page ------------------------------------------------------------------------

@@ -257,7 +257,9 @@ class DistillationTrainer(Trainer):
         labels = batch["labels"]
         tokens = answer_rows(labels).sum()
         logits = kl_rows(labels, self.args.unshifted_kl_mask).sum()
-        return torch.stack([tokens, logits, tokens.new_tensor(batch["layout"].num_image_samples)])
+        # new_full, not new_tensor, which would wait for the device.
+        images = tokens.new_full((), batch["layout"].num_image_samples)
+        return torch.stack([tokens, logits, images])
 
     def compute_loss(
         self,
