@@ -225,11 +225,9 @@ def step_counts(
     tokens, pairs = layout.live.sum(), visible_pairs(layout)
     known = [layout.num_samples, patches, patch_pairs]
     # Filled on the device: copying a number there would wait for all that is queued.
-    samples, patches, patch_pairs = (tokens.new_full((), n) for n in known)
-    visual = layout.visual.sum()
-    return torch.stack([samples, tokens, pairs, lm_rows, kl_rows, visual, patches, patch_pairs]).to(
-        torch.int64
-    )
+    samples, *vision = (tokens.new_full((), n) for n in known)
+    rows = [lm_rows, kl_rows, layout.visual.sum()]
+    return torch.stack([samples, tokens, pairs, *rows, *vision]).to(torch.int64)
 
 
 def visible_pairs(layout: VisualLayout) -> Tensor:

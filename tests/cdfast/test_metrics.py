@@ -290,19 +290,28 @@ def test_a_slow_part_is_seen_as_that_part(part, tmp_path, monkeypatch):
     assert max(shares, key=shares.get) == part, shares
 
 
-class SlowBetweenSteps(TrainerCallback):
+class Clock(TrainerCallback):
+    """Stands still but for what it is told: pauses between steps take 100 seconds."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
     def on_save(self, *args, **kwargs):
-        time.sleep(0.3)
+        self.now += 100
 
     on_evaluate = on_log = on_save
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_evaluation_and_saving_are_no_part_of_a_step(accumulation, tmp_path):
+def test_evaluation_and_saving_are_no_part_of_a_step(accumulation, tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
     trainer = make_trainer(
         tmp_path,
-        eval_dataset=SlowData(8),
-        max_steps=2,
+        eval_dataset=TinySamples(8),
+        max_steps=3,
         size=16,
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=4 // accumulation,
@@ -311,16 +320,19 @@ def test_evaluation_and_saving_are_no_part_of_a_step(accumulation, tmp_path):
         save_strategy="steps",
         save_steps=1,
     )
-    trainer.add_callback(SlowBetweenSteps())
-    start = time.perf_counter()
+    trainer.add_callback(clock)
+
+    def forward(*_):
+        clock.now += 1
+
+    trainer.teacher.model.register_forward_pre_hook(forward)
     trainer.train()
-    whole = time.perf_counter() - start
+    assert clock.now > 900  # 3 x (log, evaluation, save)
     summary = trainer.throughput.summary(trainer.accelerator.gather)
-    steps = 8 / summary["samples_per_second"]
-    assert whole > 2  # 6 pauses of 0.3 s, and 2 evaluations
-    assert steps < whole / 3
+    assert summary["samples_per_second"] == 12 / (3 * accumulation)
+    assert summary["time_teacher"] == 1
     # The evaluated samples are not counted as trained ones.
-    assert trainer.throughput._totals[COUNTS.index("samples")] == 8
+    assert trainer.throughput._totals[COUNTS.index("samples")] == 12
 
 
 def test_deepspeed_steps_inside_backward(tmp_path):
