@@ -32,7 +32,8 @@ from cdfast.footprint import (
     tower_features,
 )
 from cdfast.losses import kl_loss_sum
-from cdfast.memory import combinations, fits, footprint, parse_size, stage_models
+from cdfast.memory import parse_size
+from cdfast.stage_memory import combinations, fits, footprint, stage_models
 from tests.cdfast.tiny_models import tiny_batch, tiny_llava
 
 ROOT = Path(__file__).parents[2]
