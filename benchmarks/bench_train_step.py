@@ -10,6 +10,9 @@ in every round, each in a process of its own (peak memory is per process):
 
 The alignment losses of `dft` and `eager` are compared before anything is reported. Models have
 random weights; see --help for sizes. Results are medians over rounds; ratios are to `kd`.
+
+`python -m benchmarks.bench_train_step --preset paper` measures the models of the paper on a GPU:
+preset_step.py.
 """
 
 import argparse
@@ -195,6 +198,7 @@ def parse(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--json", type=Path, help="write results here")
+    parser.add_argument("--preset", help="paper or tiny, with options of its own: preset_step.py")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -210,6 +214,10 @@ def ran_on(options):
 
 
 def main():
+    if any(argument.startswith("--preset") for argument in sys.argv[1:]):
+        from benchmarks import preset_step
+
+        sys.exit(preset_step.main(sys.argv[1:]))
     options = parse()
     if options.variant:
         print(json.dumps(run_variant(options.variant, options)))

@@ -6,10 +6,11 @@
     sanitizer    compute-sanitizer, where it is installed
     tune         launch settings for launch.py
     bench        all cases of the kernel benchmark
+    train_step   the DFT step at the paper's sizes; only where it is named: --only train_step
 
-Each step has a time limit of its own, together 25 minutes; a step that fails or is stopped does not
-stop the next. Logs, JUnit files and results are written to --output as they come, session.json says
-how each step ended, and --archive keeps all of it in one .tar.gz.
+Each step has a time limit of its own, together 25 minutes (train_step: 9.5 more); a step that fails
+or is stopped does not stop the next. Logs, JUnit files and results are written to --output as they
+come, session.json says how each step ended, and --archive keeps all of it in one .tar.gz.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Step:
     name: str
     command: list[str]
     minutes: float
+    by_default: bool = True
 
 
 def steps(output: Path) -> list[Step]:
@@ -71,6 +73,12 @@ def steps(output: Path) -> list[Step]:
         Step("sanitizer", tests("sanitizer", "gpu", 4, "-k", "sanitizer"), 2.5),
         Step("tune", benchmark("tune_kernels", 3.5, "--table", str(output / "table.json")), 4),
         Step("bench", benchmark("bench_kernels", 5.5), 6.5),
+        Step(
+            "train_step",
+            benchmark("bench_train_step", 8.5, "--preset", "paper", "--max-micro-batch"),
+            9.5,
+            by_default=False,
+        ),
     ]
 
 
@@ -141,11 +149,12 @@ def keep(output: Path, archive: Path | None) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    names = [step.name for step in steps(Path())]
+    known = steps(Path())
+    names, default = ([s.name for s in known if s.by_default or every] for every in (True, False))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu_session")
     parser.add_argument("--archive", type=Path, help="a .tar.gz of the output, after every step")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these steps")
+    parser.add_argument("--only", nargs="+", choices=names, default=default, help="these steps")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     return parser.parse_args(argv)
 

@@ -31,6 +31,9 @@ numbers therefore show how fast a student learns under this setting; they are no
 methods. Beside them stand the controls: the student asked about shuffled images, a model trained
 without images (text-only), and chance."""
 
+# Parts of a step's time, as metrics.py writes them; naming them here keeps the trainer out.
+PHASES = ("data", "teacher", "student", "optimizer", "other")
+
 Run = Mapping[str, Any]
 Results = Mapping[str, Run]
 
@@ -120,7 +123,21 @@ def print_summary(results: Results, folder: Path) -> None:
         label = f"{name}: " if len(results) > 1 else ""
         print(f"{label}model    {place / 'model'}")
         print(f"{label}results  {place / 'results.json'}")
+        if speed := _speed(runs[index].get("stages", [])):
+            print(f"{label}speed    {speed}")
     print(f"report   {folder / REPORT_FILE}")
+
+
+def _speed(stages: list[dict[str, Any]]) -> str:
+    """Throughput of the stage that took longest, on a line; "" if none was measured."""
+    known = [stage for stage in stages if stage.get("tokens_per_second")]
+    if not known:
+        return ""
+    longest = max(known, key=lambda stage: stage.get("seconds") or 0)
+    line = f"{longest['stage']}: {longest['tokens_per_second']:,.0f} tokens/s, "
+    line += f"{longest['samples_per_second']:.1f} samples/s"
+    mfu = longest.get("mfu")
+    return line if mfu is None else f"{line}, MFU {mfu:.3f} of {longest['mfu_of']}"
 
 
 # -- sections of the page ------------------------------------------------------------------------
@@ -298,7 +315,6 @@ def _setup(name: str, run: Run) -> str:
             f"{index + 1} {stage.get('stage')}",
             str(stage.get("steps", MISSING)),
             fixed(stage.get("seconds"), 1),
-            fixed(stage.get("samples_per_second"), 1),
             f"{s.get('batch_size', MISSING)} × {s.get('gradient_accumulation_steps', MISSING)}",
             *(general(s.get(f"{prefix}learning_rate")) for prefix in ("", "muon_")),
             *(general(s.get(f"{loss}_weight")) for loss in ("lm", "kl", "alignment")),
@@ -307,7 +323,7 @@ def _setup(name: str, run: Run) -> str:
         ]
         for index, (stage, s) in enumerate(zip(stages, settings))
     ]
-    heading = ["stage", "steps", "time (s)", "samples/s", "batch × accumulation", "learning rate"]
+    heading = ["stage", "steps", "time (s)", "batch × accumulation", "learning rate"]
     heading += [
         "Muon rate",
         "LM weight",
@@ -326,10 +342,31 @@ def _setup(name: str, run: Run) -> str:
     known = [[key, str(value)] for key, value in facts.items() if value is not None]
     return (
         f"<h3>{text(name)}</h3>"
-        + (table("Stages", [*heading, "skipped records"], rows, left=(10,)) if rows else "")
+        + (table("Stages", [*heading, "skipped records"], rows, left=(9,)) if rows else "")
+        + _throughput(stages)
         + table("Environment", ["what", "value"], known, left=(1,))
         + details("Resolved recipe", f"<pre>{text(json.dumps(recipe, indent=1))}</pre>")
     )
+
+
+def _throughput(stages: list[dict[str, Any]]) -> str:
+    """Tokens and samples per second, MFU, peak memory and shares of the time of each stage."""
+    rows = []
+    for index, stage in enumerate(stages, 1):
+        peak = stage.get("peak_memory_bytes")
+        shares = [fixed(stage.get(f"time_{phase}")) for phase in PHASES]
+        cells = [
+            fixed(stage.get("tokens_per_second"), 0),
+            fixed(stage.get("samples_per_second"), 1),
+            fixed(stage.get("mfu")),
+            stage.get("mfu_of") or MISSING,
+            f"{peak / 2**30:.2f}" if peak else MISSING,
+        ]
+        if any(map(_known, [*cells, *shares])):
+            rows.append([f"{index} {stage.get('stage')}", *cells, *shares])
+    heading = ["stage", "tokens/s", "samples/s", "MFU", "of", "peak memory (GiB)"]
+    caption = "Throughput over all processes, and shares of the time of a step"
+    return table(caption, [*heading, *PHASES], rows, left=(4,)) if rows else ""
 
 
 # -- what the sections show ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ PROBE_SAMPLES = 32
 PROBE_BATCH = 4
 
 
-def run_environment(processes: int) -> dict[str, Any]:
-    """Versions, device, command and peak memory of this process."""
+def run_environment(processes: int, stages: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Versions, device, command and peak memory: of this process, or of a stage where higher."""
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -37,6 +38,8 @@ def run_environment(processes: int) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux reports KiB, macOS bytes.
     peak_bytes = peak if platform.system() == "Darwin" else peak * 1024
+    # Each stage resets the device's own number when it begins.
+    peaks = [stage.get("peak_memory_bytes") or 0 for stage in stages]
     return {
         "python": platform.python_version(),
         "versions": versions,
@@ -45,7 +48,9 @@ def run_environment(processes: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": processes,
         "command": " ".join(["python -m cdfast.train", *sys.argv[1:]]),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else peak_bytes,
+        "peak_memory_bytes": max(
+            torch.cuda.max_memory_allocated() if cuda else peak_bytes, *peaks, 0
+        ),
     }
 
 

@@ -275,10 +275,15 @@ def load_stage_student(run: Run, number: int) -> Any:
     set_trainable(student, projector=True, language_model=full and not stage.lora)
     if not (full and stage.lora):
         return student
-    from peft import LoraConfig, get_peft_model
-
     # New adapters are random: the same in a run that is resumed as in one that is not.
     torch.manual_seed(recipe.seed + number)
+    return with_lora(student, recipe)
+
+
+def with_lora(student: Any, recipe: Recipe) -> Any:
+    """The student with LoRA adapters in its decoder, and its own projector trained in full."""
+    from peft import LoraConfig, get_peft_model
+
     # P_s trains in full beside the adapters and belongs to their checkpoints; P_t stays frozen.
     projector = student.model.multi_modal_projector
     trained = [n for n in ("linear_1", "linear_2") if getattr(projector, n, None) is not None]
@@ -324,6 +329,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     start = time.monotonic()
     output = trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - start
+    throughput = trainer.throughput.summary(trainer.accelerator.gather)
     _export(run, trainer, number)
     run.teacher = trainer.teacher or run.teacher
     release_engine(trainer.model_wrapped)
@@ -333,7 +339,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "stage": stage.stage,
         "steps": output.global_step,
         "seconds": round(seconds, 2),
-        "samples_per_second": output.metrics.get("train_samples_per_second"),
+        **throughput,
         "matches": _matches_as_json(trainer.aligner),
         "skipped": dict(skipped) if skipped else {},
         "skipped_records": data.skipped_records() if skipped else {},

@@ -104,7 +104,7 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
         results = {
             "name": recipe.name,
             "recipe": to_dict(recipe),
-            "environment": run_environment(state.num_processes),
+            "environment": run_environment(state.num_processes, stages),
             "stages": stages,
             **measure(
                 recipe,

@@ -16,6 +16,7 @@ from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
 from cdfast.distill import LOSS_NAMES, StudentTask, TeacherTask, add_task, kl_rows
 from cdfast.engine import is_sharded, place_teacher, require_stage
 from cdfast.losses import answer_rows
+from cdfast.metrics import Throughput, ThroughputCallback, shorten_progress
 from cdfast.optim import muon_with_adamw
 from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
@@ -134,6 +135,16 @@ class DistillationTrainer(ResumableTrainer):
         self.teacher: nn.Module | None = None
         if teacher is not None and wanted:
             self.teacher = place_teacher(teacher, args.teacher_placement, args.device)
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.throughput = Throughput(
+            student,
+            teacher_model if self.teacher is not None else None,
+            teacher_logits=args.kl_weight > 0,
+            device=args.device,
+            dtype=half or student.dtype,
+        )
+        self.add_callback(ThroughputCallback(self.throughput, self.accelerator))
+        shorten_progress(self.callback_handler)
         self._sums_since_log: dict[str, Tensor] = {}
         self._steps_since_log = 0
         self._evaluated = torch.zeros(())
@@ -144,6 +155,7 @@ class DistillationTrainer(ResumableTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of one global step and its counts over all ranks: (lm, kl, alignment)."""
+        self.throughput.begin_step()
         self._steps_since_log += 1
         batches: list[Any] = []
         for _ in range(num_batches):
@@ -151,16 +163,23 @@ class DistillationTrainer(ResumableTrainer):
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
+        self.throughput.mark("other")
         if not batches:
+            self.throughput.end_step()
             return batches, None
-        counts = torch.stack([self._counts(batch) for batch in batches]).sum(0).to(device)
+        each = [self._counts(batch) for batch in batches]
+        for batch, (lm, kl, _) in zip(batches, each):
+            self.throughput.count(batch, lm, kl)
+        counts = torch.stack(each).sum(0).to(device)
         return batches, self.accelerator.gather(counts).view(-1, len(LOSS_NAMES)).sum(0)
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
         labels = batch["labels"]
         tokens = answer_rows(labels).sum()
         logits = kl_rows(labels, self.args.unshifted_kl_mask).sum()
-        return torch.stack([tokens, logits, tokens.new_tensor(batch["layout"].num_image_samples)])
+        # new_full, not new_tensor, which would wait for the device.
+        images = tokens.new_full((), batch["layout"].num_image_samples)
+        return torch.stack([tokens, logits, images])
 
     def compute_loss(
         self,
@@ -184,6 +203,8 @@ class DistillationTrainer(ResumableTrainer):
         unshifted = self.args.unshifted_kl_mask
         given = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
         teacher = None
+        if training and self.teacher is not None:
+            self.throughput.mark("teacher")
         if self.teacher is not None:
             asked = TeacherTask(labels, layout, aligner, self.args.kl_weight > 0, unshifted)
             with torch.no_grad():
@@ -191,6 +212,8 @@ class DistillationTrainer(ResumableTrainer):
             teacher = asked.output
         zero = self.args.zero_stage > 0
         task = StudentTask(labels, layout, teacher, aligner, unshifted, blank_image=zero)
+        if training:
+            self.throughput.mark("student")
         sums: dict[str, Tensor] = model(**given, task=task)
         means = {
             name: sums[name].float() / counts[i].clamp_min(1)
@@ -204,6 +227,13 @@ class DistillationTrainer(ResumableTrainer):
         total = torch.stack([getattr(self.args, f"{n}_weight") * v for n, v in means.items()]).sum()
         loss = total * self.accelerator.num_processes if training else total
         return (loss, {"loss": total, **means}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's: forward and backward of a micro-batch, and under DeepSpeed its step."""
+        loss = super().training_step(*args, **kwargs)
+        steps_next = self.accelerator.sync_gradients and not self.is_deepspeed_enabled
+        self.throughput.mark("optimizer" if steps_next else "other")
+        return loss
 
     def _calibrated_aligner(self, inputs: dict[str, Any]) -> VisualAttentionAligner | None:
         """The aligner, after adaptive matching has chosen; None before any rank has had an image.
@@ -246,6 +276,7 @@ class DistillationTrainer(ResumableTrainer):
                 logs[f"loss_{name}"] = total / self._steps_since_log
             self._sums_since_log.clear()
             self._steps_since_log = 0
+            logs |= self.throughput.read(self.accelerator.gather)
         super().log(logs, *args, **kwargs)
 
     def prediction_step(

@@ -12,7 +12,16 @@ import pytest
 import torch
 from cdfast_kernels import available_backends
 
-from benchmarks import bench_kernels, cases, gpu_session, measure, peers, tune_kernels
+from benchmarks import (
+    bench_kernels,
+    bench_train_step,
+    cases,
+    gpu_session,
+    measure,
+    peers,
+    preset_step,
+    tune_kernels,
+)
 
 ROOT = Path(__file__).parents[1]
 CASE = cases.Case(40, 25, 1, 4, 2, 32, "fp32")
@@ -242,7 +251,10 @@ def test_tuning_in_the_interpreter(tmp_path):
 
 def test_session_steps_fit_into_their_limits():
     steps = gpu_session.steps(Path("out"))
-    assert sum(step.minutes for step in steps) <= 25
+    assert sum(step.minutes for step in steps if step.by_default) <= 25
+    assert max(step.minutes for step in steps) < 10
+    assert set(gpu_session.parse([]).only) == {step.name for step in steps if step.by_default}
+    assert gpu_session.parse(["--only", "train_step"]).only == ["train_step"]
     assert [step.name for step in steps][:2] == ["suite", "gpu_tests"]
 
 
@@ -271,3 +283,137 @@ def test_a_session_goes_on_after_failures_and_limits(tmp_path, monkeypatch):
     assert "two" in (tmp_path / "out" / "last.log").read_text()
     with tarfile.open(archive) as tar:
         assert "out/last.log" in tar.getnames()
+
+
+# The DFT step at the sizes of a preset
+
+
+def test_every_variant_of_the_preset_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    options = ["--preset", "tiny", "--rounds", "3", "--batch", "2", "--max-micro-batch"]
+    options += ["--most", "3", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench_train_step", *options])
+    with pytest.raises(SystemExit) as ended:
+        bench_train_step.main()
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    [path] = tmp_path.glob("train_step_tiny_cpu_*.json")
+    found = json.loads(path.read_text())
+    assert found["compared"]["agree"]
+    assert found["compared"]["dft"][2] > 1e-6  # an alignment loss worth comparing
+    assert found["compared"]["dft"] == pytest.approx(found["compared"]["eager"], rel=1e-4)
+    for row in found["steps"].values():
+        assert row["rounds"] == 3
+        assert row["peak_bytes"] is None  # a CPU: not measured, and not made up
+        assert row["tokens_per_second"] == pytest.approx(96 * row["samples_per_second"])
+        assert 0 < row["mfu"] < 1
+    assert {name: row["batch"] for name, row in found["largest"].items()} == dict.fromkeys(
+        ("kd", "dft", "eager"), 3
+    )
+    steps = found["steps"]
+    rates = [steps[name]["samples_per_second"] for name in ("dft", "eager")]
+    measured = found["measured"]
+    assert measured["samples/s, dft over eager, same batch"] == pytest.approx(rates[0] / rates[1])
+    assert measured["largest micro-batch, dft over eager"] == 1
+    text = path.with_suffix(".md").read_text()
+    assert text in out
+    assert "not measured" in text
+    assert "goal: at the paper's sizes only" in text
+    assert "at least 3" in text
+
+
+def test_the_papers_preset_is_refused_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        preset_step.parse(["--preset", "paper"])
+    assert "--preset paper: expected a CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tiny_pair():
+    return preset_step.Pair(preset_step.parse(["--preset", "tiny"]))
+
+
+def test_eager_has_the_gradients_of_the_fused_way(tiny_pair):
+    """Under gradient checkpointing too: else eager would be measured doing something else."""
+    batch = tiny_pair.batch(2, 96)
+    gradients = {}
+    for variant in ("dft", "eager"):
+        tiny_pair.use(variant)
+        torch.manual_seed(0)  # LoRA's dropout
+        losses = tiny_pair.losses(variant, batch)
+        (losses[0] + losses[1] + 100 * losses[2]).backward()
+        gradients[variant] = [p.grad.clone() for p in tiny_pair.trained if p.grad is not None]
+        tiny_pair.free()
+    assert len(gradients["dft"]) == len(gradients["eager"]) > 50
+    for ours, theirs in zip(*gradients.values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_the_tower_runs_in_every_step(tiny_pair):
+    tower, batch = tiny_pair.student.model.vision_tower, tiny_pair.batch(1, 96)
+    before = tower.runs
+    for variant in ("kd", "dft", "eager"):
+        tiny_pair.step(variant, batch)
+    assert tower.runs == before + 3  # once per step, for both models
+
+
+@pytest.mark.parametrize(
+    "limit, most, found",
+    [
+        (0, 64, 0),
+        (1, 64, 1),
+        (5, 64, 5),
+        (8, 64, 8),
+        (64, 64, 64),
+        (99, 64, 64),
+        (3, 3, 3),
+        (7, 6, 6),
+    ],
+)
+def test_largest_batch(limit, most, found):
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        return size <= limit
+
+    assert preset_step.largest(fits, most) == found
+    assert max(tried) <= most
+    assert len(tried) == len(set(tried)) <= 14
+
+
+def test_a_variant_that_runs_out_of_memory_is_named(tiny_pair, monkeypatch):
+    step = preset_step.Pair.step
+
+    def greedy(self, variant, batch):
+        if variant == "eager" and len(batch["labels"]) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return step(self, variant, batch)
+
+    monkeypatch.setattr(preset_step.Pair, "step", greedy)
+    options = preset_step.parse(
+        ["--preset", "tiny", "--batch", "3", "--rounds", "3", "--most", "4"]
+    )
+    rows = preset_step.time_steps(tiny_pair, options, time.monotonic() + 60)
+    assert rows["eager"] == {"absent": "out of memory"}
+    assert rows["dft"]["seconds_over_kd"] > 0
+    found = preset_step.largest_batch(tiny_pair, "eager", options, time.monotonic() + 60)
+    assert (found["batch"], found["at_least"]) == (2, False)
+    late = preset_step.largest_batch(tiny_pair, "kd", options, time.monotonic() - 1)
+    assert late == {"batch": 0, "at_least": True}
+    with pytest.raises(RuntimeError, match="shapes"):
+        preset_step.attempt(tiny_pair, lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+def test_differing_losses_stop_the_benchmark(tmp_path, monkeypatch):
+    losses = preset_step.Pair.losses
+
+    def wrong(self, variant, batch):
+        found = losses(self, variant, batch)
+        return [*found[:2], 1.01 * found[2]] if variant == "dft" else found
+
+    monkeypatch.setattr(preset_step.Pair, "losses", wrong)
+    assert preset_step.main(["--preset", "tiny", "--output", str(tmp_path)]) == 1
+    [path] = tmp_path.glob("*.json")
+    assert "steps" not in json.loads(path.read_text())
+    assert "do not agree" in path.with_suffix(".md").read_text()

@@ -107,6 +107,15 @@ def stage(name, steps, start, speed, aligned):
         "steps": steps,
         "seconds": steps * 0.61,
         "samples_per_second": 26.3,
+        "tokens_per_second": 3412.7,
+        "mfu": 0.1234,
+        "mfu_of": "measured matmul",
+        "peak_memory_bytes": 3 * 2**29,
+        "time_data": 0.011,
+        "time_teacher": 0.222,
+        "time_student": 0.633,
+        "time_optimizer": 0.124,
+        "time_other": 0.01,
         "matches": {"1": [1, 2], "2": [2, 3]} if aligned else None,
         "skipped": {},
         "log": log,
@@ -339,7 +348,7 @@ def test_tables_hold_the_numbers_of_the_results(single):
     entry = result["stages"][1]["log"][0]
     assert losses[3][:4] == ["miniature", "30", "2 dft", f"{entry['loss_lm']:.4g}"]
     assert page.table("Environment")["peak memory"] == ["1.15 GiB"]
-    assert page.table("Stages")["2 dft"][:3] == ["200", "122.0", "26.3"]
+    assert page.table("Stages")["2 dft"][:3] == ["200", "122.0", "16 × 1"]
 
 
 @pytest.mark.parametrize(
@@ -455,6 +464,27 @@ def test_summary_shows_models_similarity_time_and_paths(tmp_path, capsys, monkey
     assert "312.4" in lines["seconds"]
     for name in ("model", "results.json", "report.html"):
         assert str(tmp_path / name) in out
+
+
+def test_throughput_is_in_the_page_and_on_a_line_of_the_summary(tmp_path, capsys):
+    result = run()
+    page = write_report(tmp_path, {"miniature": result}).read_text()
+    table = page[page.index("Throughput over all processes") :]
+    table = table[: table.index("</table>")]
+    for number in ("3413", "26.3", "0.123", "1.50", "0.011", "0.222", "0.633", "0.124", "0.010"):
+        assert f">{number}<" in table
+    assert "measured matmul" in table
+    print_summary({"miniature": result}, tmp_path)
+    line = "speed    dft: 3,413 tokens/s, 26.3 samples/s, MFU 0.123 of measured matmul"
+    assert line in capsys.readouterr().out
+    for stage in result["stages"]:
+        for name in [n for n in stage if n.startswith("time_") or n.endswith("_per_second")]:
+            stage[name] = None
+        stage["mfu"] = stage["peak_memory_bytes"] = None
+        del stage["mfu_of"]
+    assert "Throughput" not in write_report(tmp_path, {"miniature": result}).read_text()
+    print_summary({"miniature": result}, tmp_path)
+    assert "speed" not in capsys.readouterr().out
 
 
 def test_summary_of_several_runs_has_a_column_per_run(tmp_path, capsys, monkeypatch):

@@ -105,6 +105,11 @@ def test_two_ranks_log_the_losses_of_one_process(setup, case, two_ranks, one_pro
         assert losses == {name for name in mine if name.startswith("loss")}
         for name in losses:
             assert mine[name] == pytest.approx(theirs[name], rel=TOLERANCE, abs=1e-9)
+        # Counts are those of the global batch, whoever had which sample.
+        tokens_per_sample = [
+            e["tokens_per_second"] / e["samples_per_second"] for e in (mine, theirs)
+        ]
+        assert tokens_per_sample[0] == pytest.approx(tokens_per_sample[1])
 
 
 def difference(weights, want):
