@@ -50,6 +50,7 @@ from cdfast.stages import (
     user_errors,
     write_json,
 )
+from cdfast.watch import watch_ranks
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
@@ -223,23 +224,24 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return dry_run(recipe)
         recipe.check_runnable()
         state = PartialState(cpu=not torch.cuda.is_available())
-        # Rank 0 decides, because all ranks look at a folder that it is about to fill.
-        chosen: list[Any] = [None]
-        if state.is_main_process:
-            try:
-                chosen = [output_folder(recipe, resume=flags.resume, overwrite=flags.overwrite)]
-            except ConfigError as error:
-                chosen = [error]
-        chosen = broadcast_object_list(chosen)
-        if isinstance(chosen[0], ConfigError):
-            raise chosen[0]
-        folder = chosen[0]
-        if flags.compare is not None:
-            return run_compare(recipe, flags.compare, folder, flags.resume)
-        results = run_recipe(recipe, folder, flags.resume)
-        if state.is_main_process:
-            write_report(folder, {recipe.name: results})
-            print_summary({recipe.name: results}, folder)
+        with watch_ranks(recipe.rank_timeout):
+            # Rank 0 decides, because all ranks look at a folder that it is about to fill.
+            chosen: list[Any] = [None]
+            if state.is_main_process:
+                try:
+                    chosen = [output_folder(recipe, resume=flags.resume, overwrite=flags.overwrite)]
+                except ConfigError as error:
+                    chosen = [error]
+            chosen = broadcast_object_list(chosen)
+            if isinstance(chosen[0], ConfigError):
+                raise chosen[0]
+            folder = chosen[0]
+            if flags.compare is not None:
+                return run_compare(recipe, flags.compare, folder, flags.resume)
+            results = run_recipe(recipe, folder, flags.resume)
+            if state.is_main_process:
+                write_report(folder, {recipe.name: results})
+                print_summary({recipe.name: results}, folder)
     except (ConfigError, DataError) as error:
         print(f"error: {_without_traceback(error)}", file=sys.stderr)
         sys.exit(2)
