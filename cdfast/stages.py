@@ -320,6 +320,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "samples_per_second": output.metrics.get("train_samples_per_second"),
         "matches": _matches_as_json(trainer.aligner),
         "skipped": dict(skipped) if skipped else {},
+        "skipped_steps": trainer.nonfinite.total,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     if run.state.is_main_process:

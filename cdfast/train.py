@@ -38,6 +38,7 @@ from cdfast.config import (
 )
 from cdfast.data import DataError
 from cdfast.models import load_processor, make_initial_student
+from cdfast.nonfinite import NonFiniteError
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
 from cdfast.stages import (
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if state.is_main_process:
                 write_report(folder, {recipe.name: results})
                 print_summary({recipe.name: results}, folder)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, NonFiniteError) as error:
         print(f"error: {_without_traceback(error)}", file=sys.stderr)
         sys.exit(2)
 

@@ -17,8 +17,10 @@ from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
 from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
 from cdfast.distill import LOSS_NAMES, StudentTask, add_student_step, kl_rows, teacher_step
 from cdfast.losses import answer_rows
+from cdfast.nonfinite import LOG_KEY, NonFiniteSteps
 from cdfast.optim import muon_with_adamw
 from cdfast.similarity import model_inputs
+from cdfast.watch import note
 
 ALIGNMENT_FILE = "alignment.json"
 
@@ -93,6 +95,12 @@ class DistillationConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: batches carry what the aligner needs."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Kept off: steps that are not finite are skipped before they are logged."
+        },
+    )
 
     def __post_init__(self) -> None:
         # transformers 5.23 renames gradient_ to activation_checkpointing; 5.17 has the old name.
@@ -112,6 +120,10 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0; got {value}.")
+        if self.max_skipped_steps < 1:
+            raise ValueError(
+                f"max_skipped_steps: expected at least 1; got {self.max_skipped_steps}."
+            )
 
 
 class LayoutCollator:
@@ -208,6 +220,8 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
         if self.aligner is not None and args.keep_alignment:
             self.add_callback(KeepAlignment(self.aligner))
+        self.nonfinite = NonFiniteSteps(args.process_index, args.max_skipped_steps)
+        self.add_callback(self.nonfinite)
         # compute_loss returns sums over global counts, so the parent must not divide again.
         self.model_accepts_loss_kwargs = True
         if self.teacher is not None:
@@ -215,6 +229,7 @@ class DistillationTrainer(Trainer):
             module: nn.Module = self.teacher
             module.to(args.device)
         self._sums_since_log: dict[str, Tensor] = {}
+        self._sums_before_step: dict[str, Tensor] = {}
         self._steps_since_log = 0
         self._evaluated = torch.zeros(())
 
@@ -224,6 +239,8 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of one global step and its counts over all ranks: (lm, kl, alignment)."""
+        note(step=self.state.global_step + 1, phase="data")
+        self._sums_before_step = dict(self._sums_since_log)
         self._steps_since_log += 1
         batches: list[Any] = []
         for _ in range(num_batches):
@@ -262,6 +279,7 @@ class DistillationTrainer(Trainer):
         aligner = self._calibrated_aligner(inputs)
         teacher = None
         if self.teacher is not None:
+            note(phase="teacher")
             teacher = teacher_step(
                 self.teacher,
                 inputs,
@@ -276,6 +294,7 @@ class DistillationTrainer(Trainer):
             aligner=aligner,
             unshifted_kl_mask=self.args.unshifted_kl_mask,
         )
+        note(phase="student")
         student_inputs = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
         sums: dict[str, Tensor] = model(**student_inputs, task=task)
         means = {
@@ -289,6 +308,8 @@ class DistillationTrainer(Trainer):
                 self._sums_since_log[name] = before + value.detach()
         total = torch.stack([getattr(self.args, f"{n}_weight") * v for n, v in means.items()]).sum()
         loss = total * self.accelerator.num_processes if training else total
+        if training:
+            loss = self.nonfinite.check(loss, means, teacher, inputs.get("sample_ids"))
         return (loss, {"loss": total, **means}) if return_outputs else loss
 
     def _calibrated_aligner(self, inputs: dict[str, Any]) -> VisualAttentionAligner | None:
@@ -320,14 +341,36 @@ class DistillationTrainer(Trainer):
             )
         return super().create_optimizer(*args, **kwargs)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Where Trainer reads the gradient's norm, before the optimizer's step: the last moment to
+        skip it."""
+        note(phase="optimizer")
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.nonfinite.skip(self, model, norm):
+            self._sums_since_log = self._sums_before_step
+            self._steps_since_log -= 1
+        return norm
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds loss_lm, loss_kl, loss_alignment: unweighted means over the steps since the last."""
-        if "loss" in logs and self._steps_since_log > 0:
-            for name, value in self._sums_since_log.items():
-                total = self.accelerator.gather(value.reshape(1)).sum().item()
-                logs[f"loss_{name}"] = total / self._steps_since_log
-            self._sums_since_log.clear()
-            self._steps_since_log = 0
+        """Adds loss_lm, loss_kl, loss_alignment: unweighted means over the steps since the last.
+
+        Skipped steps are in no mean, and counted in skipped_steps.
+        """
+        if "loss" in logs:
+            means = {
+                name: self.accelerator.gather(value.reshape(1)).sum().item() / self._steps_since_log
+                for name, value in self._sums_since_log.items()
+            }
+            logs |= {f"loss_{name}": mean for name, mean in means.items()}
+            if self.nonfinite.since_log:
+                # Trainer's own mean counts the skipped steps.
+                logs["loss"] = sum(getattr(self.args, f"{n}_weight") * m for n, m in means.items())
+                if not means:
+                    del logs["loss"]
+            if self.nonfinite.total:
+                logs[LOG_KEY] = self.nonfinite.total
+            self._sums_since_log = {}
+            self._steps_since_log = self.nonfinite.since_log = 0
         super().log(logs, *args, **kwargs)
 
     def prediction_step(
