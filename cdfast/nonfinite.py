@@ -44,7 +44,7 @@ class _Checked:
     samples: tuple[str, ...]
 
     def __str__(self) -> str:
-        shown = ", ".join(self.samples[:_SHOWN_SAMPLES])
+        shown = "; ".join(self.samples[:_SHOWN_SAMPLES])
         more = len(self.samples) - _SHOWN_SAMPLES
         shown += f" and {more} more" if more > 0 else ""
         shown = shown or "unknown, the batch has no sample_ids"

@@ -1,5 +1,6 @@
 """A step that is not finite is skipped as if it had not been taken, named, counted, and limited."""
 
+import json
 import logging
 import math
 
@@ -14,6 +15,8 @@ from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import vision_tower
 from cdfast.collator import VisionTextCollator
 from cdfast.nonfinite import NonFiniteError
+from cdfast.train import main
+from tests.cdfast import photo_setup
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.tiny_models import tiny_llava, tiny_teacher
 
@@ -182,7 +185,7 @@ def test_a_skipped_step_changes_nothing(what, setting, tmp_path, monkeypatch, ca
     (message,) = [r.getMessage() for r in caplog.records if r.name == "cdfast.nonfinite"]
     samples = f"tiny, sample {BAD}"
     if setting != "accumulation" or what == "gradient":
-        samples = f"tiny, sample 1, {samples}"
+        samples = f"tiny, sample 1; {samples}"
     terms = POISONS[what]
     assert message == (
         f"step 2 skipped, not finite: {terms} on rank 0 (samples: {samples}). Skipped in a row: 1 "
@@ -223,10 +226,10 @@ def test_the_run_ends_after_the_limit(tmp_path, monkeypatch, saved):
         trainer.train()
     message = str(raised.value)
     assert message.startswith("2 steps in a row were not finite, so the run stops")
-    assert f"step 4: kl and teacher on rank 0 (samples: tiny, sample 1, tiny, sample {BAD})" in (
+    assert f"step 4: kl and teacher on rank 0 (samples: tiny, sample 1; tiny, sample {BAD})" in (
         message
     )
-    assert f"step 5: kl and teacher on rank 0 (samples: tiny, sample {BAD}, tiny, sample 8)" in (
+    assert f"step 5: kl and teacher on rank 0 (samples: tiny, sample {BAD}; tiny, sample 8)" in (
         message
     )
     assert "step 2" not in message
@@ -271,6 +274,47 @@ def test_evaluation_shows_what_is_not_finite(tmp_path, monkeypatch):
     poison(monkeypatch, "lm is nan")
     trainer.eval_dataset = TinySamples(8)
     assert math.isnan(trainer.evaluate()["eval_loss_lm"])
+
+
+def command(folder, steps):
+    """The real command on photographs, one stage; returns its arguments."""
+    paths = photo_setup.make_checkpoints(folder)
+    return [
+        *("--teacher", paths.teacher, "--student", paths.student, "--data", paths.data),
+        *("--image-root", paths.images, "--output-dir", folder / "run", "--workers", "0"),
+        *("--dpt.max-steps", "1", "--dft.max-steps", str(steps), "--sft.max-steps", "1"),
+        *("--batch-size", "2", "--gradient-accumulation-steps", "1", "--logging-steps", "1"),
+        *("--max-skipped-steps", "2"),
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_count_or_ends_with_an_error(tmp_path, monkeypatch, capsys):
+    arguments = [str(a) for a in command(tmp_path, 2)]
+    calls = []
+    step = cdfast.trainer.teacher_step
+
+    def poisoned(*args, **kwargs):
+        output = step(*args, **kwargs)
+        calls.append(output)
+        if len(calls) in wanted:
+            output.hidden[0, 0] = math.nan
+        return output
+
+    monkeypatch.setattr(cdfast.trainer, "teacher_step", poisoned)
+    wanted = {2}
+    main(arguments)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [stage["skipped_steps"] for stage in results["stages"]][:2] == [0, 1]
+    calls.clear()
+    wanted = {2, 3}
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--overwrite"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "error: 2 steps in a row were not finite" in error
+    assert "kl and teacher on rank 0 (samples: photos.json, record" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("limit", [0, -1])

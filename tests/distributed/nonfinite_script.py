@@ -1,7 +1,7 @@
 """Two ranks whose second has a sample that makes its teacher's output infinite.
 
-`torchrun ... -m tests.distributed.nonfinite_script FOLDER ddp|zero1|zero2|zero3` writes FOLDER/<case>.pt: each
-rank's losses, weights after every step, and messages.
+`torchrun ... -m tests.distributed.nonfinite_script FOLDER ddp|zero1|zero2|zero3` writes
+FOLDER/<case>.pt: each rank's losses, weights after every step, and messages.
 """
 
 import logging
