@@ -146,7 +146,7 @@ class _Watch:
     """One rank's part: rank 0 has all others as peers, every other rank has rank 0."""
 
     def __init__(self, rank: int, timeout: float):
-        self.rank, self.timeout = rank, timeout
+        self.rank, self.world, self.timeout = rank, dist.get_world_size(), timeout
         self.step, self.phase = 0, ""
         self.peers: dict[int, _Peer] = {}
         self.strangers: list[_Peer] = []
@@ -177,7 +177,7 @@ class _Watch:
             self._accept_all()
         else:
             problem = self._call(addresses, port)
-        problems: list[Any] = [None] * dist.get_world_size()
+        problems: list[Any] = [None] * self.world
         dist.all_gather_object(problems, problem)
         if any(problems):
             self._close()
@@ -190,7 +190,7 @@ class _Watch:
     def _accept_all(self) -> None:
         """Take in the other ranks until all are there or the time is up."""
         until = time.monotonic() + _CONNECT_SECONDS
-        while len(self.peers) < dist.get_world_size() - 1 and time.monotonic() < until:
+        while len(self.peers) < self.world - 1 and time.monotonic() < until:
             self._receive(0.1)
 
     def _call(self, addresses: list[str], port: int) -> str | None:
@@ -335,7 +335,7 @@ class _Watch:
         except OSError:  # it went away again, or there are no file descriptors left
             return
         connection.setblocking(False)
-        if len(self.strangers) >= _MOST_STRANGERS:
+        if len(self.strangers) >= self.world + _MOST_STRANGERS:
             self._drop_stranger(self.strangers[0])
         self.strangers.append(_Peer(connection))
 
