@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText
 
-from cdfast.watch import RANK_LOST
 from tests.cdfast import photo_setup
 from tests.distributed.step_script import CASES, STEPS, run_case
 
@@ -160,47 +157,3 @@ def test_a_refusal_ends_both_ranks(paths, tmp_path):
     assert done.returncode != 0
     assert "error: lost.json, record 2" in done.stderr
     assert "DataError" not in done.stderr
-
-
-@pytest.mark.slow
-def test_the_command_is_watched(paths, tmp_path):
-    """Without torchrun, which would end the other rank itself."""
-    recipe = {"stage": "dft", "batch_size": 1, "max_steps": 10_000}
-    arguments = command(paths, tmp_path)
-    given = yaml.safe_load((tmp_path / "given.yaml").read_text())
-    (tmp_path / "given.yaml").write_text(yaml.safe_dump({**given, "stages": [recipe]}))
-    ranks = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()) if not ranks else port},
-            **{"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        }
-        port = environment["MASTER_PORT"]
-        with (tmp_path / f"rank{rank}.log").open("w") as log:
-            words = [sys.executable, *map(str, arguments)]
-            ranks.append(
-                subprocess.Popen(words, env=environment, stdout=log, stderr=log, cwd=tmp_path)
-            )
-    try:
-        until = time.monotonic() + 240
-        while "'loss'" not in (tmp_path / "rank0.log").read_text():
-            assert time.monotonic() < until
-            assert [rank.poll() for rank in ranks] == [None, None]
-            time.sleep(0.2)
-        ranks[1].kill()
-        assert ranks[0].wait(30) == RANK_LOST
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait(30)
-    said = (tmp_path / "rank0.log").read_text()
-    assert re.search(rf"error: rank 1 \(host \S+, pid {ranks[1].pid}\) died at step [1-9]", said)
-    assert "Traceback" not in said
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
