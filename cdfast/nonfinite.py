@@ -151,9 +151,9 @@ class NonFiniteSteps(TrainerCallback):
     def _checked(self) -> Iterable[_Checked]:
         for names, finite, samples in self._micro_batches:
             terms = [name for name, good in zip(names, finite.tolist()) if not good]
-            if len(terms) > 1:
-                terms.remove("loss")  # their sum
-            yield _Checked(self.rank, tuple(terms), tuple(map(str, samples)))
+            # The loss is named where none of its terms is: their sum has overflowed.
+            named = [term for term in terms if term != "loss"] or terms
+            yield _Checked(self.rank, tuple(named), tuple(map(str, samples)))
 
     def _verdict(self, trainer: Trainer) -> str:
         folder = trainer.args.output_dir

@@ -1,8 +1,10 @@
 """A step that is not finite is skipped as if it had not been taken, named, counted, and limited."""
 
+import contextlib
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,6 +269,23 @@ def test_batches_without_sample_ids_and_long_lists_are_reported_too(tmp_path, mo
     trainer.nonfinite.check(loss, means, None, batch.get("sample_ids"))
     trainer.nonfinite._count(trainer)
     assert "lm on rank 0 (samples: unknown, the batch has no sample_ids)" in caplog.text
+
+
+@pytest.mark.parametrize("scale, counts", [(65536.0, False), (1.0, True)])
+def test_overflows_of_the_scale_search_do_not_end_the_run(tmp_path, scale, counts):
+    """fp16 needs a GPU in accelerate: its scaler is stood in for here."""
+    trainer = make_trainer(tmp_path, GOOD_STEPS, max_skipped_steps=1)
+    trainer.args.fp16 = True
+    trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda: scale)
+    ended = pytest.raises(NonFiniteError) if counts else contextlib.nullcontext()
+    with ended:
+        assert trainer.nonfinite.skip(trainer, trainer.model, torch.tensor(math.inf))
+    assert trainer.nonfinite.total == 1
+    # A loss that is not finite is not the scale's fault.
+    bad = torch.tensor(math.nan)
+    trainer.nonfinite.check(bad, {"lm": bad}, None, ["a"])
+    with pytest.raises(NonFiniteError):
+        trainer.nonfinite.skip(trainer, trainer.model, bad)
 
 
 def test_evaluation_shows_what_is_not_finite(tmp_path, monkeypatch):
