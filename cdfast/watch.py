@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ SAME_ERROR_SECONDS = 1.0
 # How long a broken collective waits for the watch to learn which rank broke it.
 VERDICT_SECONDS = 2.0
 _CONNECT_SECONDS = 30.0
+_PART_SECONDS = 1.0
 _LONGEST_LINE = 8192
 _MOST_STRANGERS = 64
 _RESTART = "Restart the same command with --resume."
@@ -282,6 +283,7 @@ class _Watch:
             flush = threading.Thread(target=sys.stdout.flush, daemon=True)
             flush.start()
             flush.join(1.0)
+            self._part()
             # A threading exception or sys.exit would not reach a main thread inside a collective.
             os._exit(RANK_LOST)
 
@@ -441,6 +443,22 @@ class _Watch:
             self._tell({"bye": True})
         self.thread.join()
         _active = None
+        self._part()
+
+    def _part(self) -> None:
+        """End all connections once the other ends have read everything.
+
+        Closing one with unread lines resets it, and what was sent last may be lost with it: then a
+        farewell would look like a death.
+        """
+        until = time.monotonic() + _PART_SECONDS
+        left = [peer.socket for peer in self.peers.values()]
+        for connection in left:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+        while left and time.monotonic() < until:
+            left = [connection for connection in left if _is_open(connection)]
+            time.sleep(0.01)
         self._close()
 
     def _close(self) -> None:
@@ -483,6 +501,16 @@ def _addresses() -> list[str]:
         return ["127.0.0.1"]
     named = [os.environ.get("MASTER_ADDR"), socket.gethostname(), socket.getfqdn()]
     return list(dict.fromkeys(name for name in named if name))
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """Whether the other end has not closed it yet; discards what it has sent."""
+    try:
+        return bool(connection.recv(65536))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _where(step: int, phase: str) -> str:
