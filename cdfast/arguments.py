@@ -80,6 +80,12 @@ class DistillationConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: batches carry what the aligner needs."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Kept off: steps that are not finite are skipped before they are logged."
+        },
+    )
 
     def __post_init__(self) -> None:
         self._set_up_zero()
@@ -100,6 +106,10 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0; got {value}.")
+        if self.max_skipped_steps < 1:
+            raise ValueError(
+                f"max_skipped_steps: expected at least 1; got {self.max_skipped_steps}."
+            )
 
     def _set_up_zero(self) -> None:
         """Join the process group and choose DeepSpeed's configuration, where options ask for it."""

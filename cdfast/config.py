@@ -206,7 +206,7 @@ class Recipe:
     max_skipped_steps: int = _option(
         5,
         "Steps in a row with a non-finite loss or gradient after which the run stops.",
-        at_least=0,
+        at_least=1,
     )
 
     lora_r: int = _option(128, "LoRA rank.", at_least=1)

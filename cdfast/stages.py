@@ -343,6 +343,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "matches": _matches_as_json(trainer.aligner),
         "skipped": dict(skipped) if skipped else {},
         "skipped_records": data.skipped_records() if skipped else {},
+        "skipped_steps": trainer.nonfinite.total,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     if run.state.is_main_process:

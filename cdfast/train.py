@@ -12,6 +12,7 @@ with `DistillationTrainer`, and writes the next: the same path whether the run i
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -39,6 +40,7 @@ from cdfast.config import (
 )
 from cdfast.data import DataError
 from cdfast.models import load_processor, make_initial_student
+from cdfast.nonfinite import NonFiniteError
 from cdfast.records import printable
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
@@ -53,6 +55,7 @@ from cdfast.stages import (
     write_json,
 )
 from cdfast.storage import CheckpointError, prepare_run_folder, staged_folder, together, write_text
+from cdfast.watch import watch_ranks
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
@@ -233,6 +236,27 @@ def list_recipes() -> None:
         print(f"{name:24} {recipe.description}")
 
 
+def run_command(recipe: Recipe, flags: argparse.Namespace, state: PartialState) -> None:
+    """Choose the folder, run the recipe and its variants there, write the report."""
+    # Rank 0 decides, because all ranks look at a folder that it is about to fill.
+    chosen: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            chosen = [output_folder(recipe, resume=flags.resume, overwrite=flags.overwrite)]
+        except ConfigError as error:
+            chosen = [error]
+    chosen = broadcast_object_list(chosen)
+    if isinstance(chosen[0], ConfigError):
+        raise chosen[0]
+    folder = chosen[0]
+    if flags.compare is not None:
+        return run_compare(recipe, flags.compare, folder, flags.resume)
+    results = run_recipe(recipe, folder, flags.resume)
+    if state.is_main_process:
+        write_report(folder, {recipe.name: results})
+        print_summary({recipe.name: results}, folder)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m cdfast.train`."""
     try:
@@ -249,24 +273,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             # torchrun --max-restarts runs the same command again: --overwrite has been done.
             flags.resume, flags.overwrite = True, False
         state = PartialState(cpu=not torch.cuda.is_available())
-        # Rank 0 decides, because all ranks look at a folder that it is about to fill.
-        chosen: list[Any] = [None]
-        if state.is_main_process:
-            try:
-                chosen = [output_folder(recipe, resume=flags.resume, overwrite=flags.overwrite)]
-            except ConfigError as error:
-                chosen = [error]
-        chosen = broadcast_object_list(chosen)
-        if isinstance(chosen[0], ConfigError):
-            raise chosen[0]
-        folder = chosen[0]
-        if flags.compare is not None:
-            return run_compare(recipe, flags.compare, folder, flags.resume)
-        results = run_recipe(recipe, folder, flags.resume)
-        if state.is_main_process:
-            write_report(folder, {recipe.name: results})
-            print_summary({recipe.name: results}, folder)
-    except (ConfigError, DataError, CheckpointError) as error:
+        with watch_ranks(recipe.rank_timeout):
+            run_command(recipe, flags, state)
+    except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
         print(f"error: {_without_traceback(error)}", file=sys.stderr)
         sys.exit(2)
 

@@ -17,9 +17,11 @@ from cdfast.distill import LOSS_NAMES, StudentTask, TeacherTask, add_task, kl_ro
 from cdfast.engine import is_sharded, place_teacher, require_stage
 from cdfast.losses import answer_rows
 from cdfast.metrics import Throughput, ThroughputCallback, shorten_progress
+from cdfast.nonfinite import LOG_KEY, NonFiniteSteps
 from cdfast.optim import muon_with_adamw
 from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
+from cdfast.watch import note
 
 
 class LayoutCollator:
@@ -128,6 +130,8 @@ class DistillationTrainer(ResumableTrainer):
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
         if self.aligner is not None and args.keep_alignment:
             self.add_callback(KeepAlignment(self.aligner))
+        self.nonfinite = NonFiniteSteps(args.process_index, args.max_skipped_steps)
+        self.add_callback(self.nonfinite)
         # compute_loss returns sums over global counts, so the parent must not divide again.
         self.model_accepts_loss_kwargs = True
         self.add_callback(RequireStage(self))
@@ -146,6 +150,7 @@ class DistillationTrainer(ResumableTrainer):
         self.add_callback(ThroughputCallback(self.throughput, self.accelerator))
         shorten_progress(self.callback_handler)
         self._sums_since_log: dict[str, Tensor] = {}
+        self._sums_before_step: dict[str, Tensor] = {}
         self._steps_since_log = 0
         self._evaluated = torch.zeros(())
 
@@ -155,7 +160,9 @@ class DistillationTrainer(ResumableTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of one global step and its counts over all ranks: (lm, kl, alignment)."""
+        note(step=self.state.global_step + 1, phase="data")
         self.throughput.begin_step()
+        self._sums_before_step = dict(self._sums_since_log)
         self._steps_since_log += 1
         batches: list[Any] = []
         for _ in range(num_batches):
@@ -199,21 +206,19 @@ class DistillationTrainer(ResumableTrainer):
         if counts is None:
             counts = self._counts(inputs).to(self.args.device)
         aligner = self._calibrated_aligner(inputs)
-        labels, layout = inputs["labels"], inputs["layout"]
-        unshifted = self.args.unshifted_kl_mask
         given = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
+        common = (inputs["labels"], inputs["layout"])
+        unshifted = self.args.unshifted_kl_mask
         teacher = None
-        if training and self.teacher is not None:
-            self.throughput.mark("teacher")
         if self.teacher is not None:
-            asked = TeacherTask(labels, layout, aligner, self.args.kl_weight > 0, unshifted)
+            self._begin("teacher", training)
+            asked = TeacherTask(*common, aligner, self.args.kl_weight > 0, unshifted)
             with torch.no_grad():
                 self.teacher(**given, task=asked)
             teacher = asked.output
+        self._begin("student", training)
         zero = self.args.zero_stage > 0
-        task = StudentTask(labels, layout, teacher, aligner, unshifted, blank_image=zero)
-        if training:
-            self.throughput.mark("student")
+        task = StudentTask(*common, teacher, aligner, unshifted, blank_image=zero)
         sums: dict[str, Tensor] = model(**given, task=task)
         means = {
             name: sums[name].float() / counts[i].clamp_min(1)
@@ -226,7 +231,15 @@ class DistillationTrainer(ResumableTrainer):
                 self._sums_since_log[name] = before + value.detach()
         total = torch.stack([getattr(self.args, f"{n}_weight") * v for n, v in means.items()]).sum()
         loss = total * self.accelerator.num_processes if training else total
+        if training:
+            loss = self.nonfinite.check(loss, means, teacher, inputs.get("sample_ids"))
         return (loss, {"loss": total, **means}) if return_outputs else loss
+
+    def _begin(self, phase: str, training: bool) -> None:
+        """For a message about a lost rank, and for the shares of the time."""
+        note(phase=phase)
+        if training:
+            self.throughput.mark(phase)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's: forward and backward of a micro-batch, and under DeepSpeed its step."""
@@ -268,14 +281,36 @@ class DistillationTrainer(ResumableTrainer):
             )
         return super().create_optimizer(*args, **kwargs)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Where Trainer reads the gradient's norm, before the optimizer's step: the last moment to
+        skip it."""
+        note(phase="optimizer")
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.nonfinite.skip(self, model, norm):
+            self._sums_since_log = self._sums_before_step
+            self._steps_since_log -= 1
+        return norm
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds loss_lm, loss_kl, loss_alignment: unweighted means over the steps since the last."""
-        if "loss" in logs and self._steps_since_log > 0:
-            for name, value in self._sums_since_log.items():
-                total = self.accelerator.gather(value.reshape(1)).sum().item()
-                logs[f"loss_{name}"] = total / self._steps_since_log
-            self._sums_since_log.clear()
-            self._steps_since_log = 0
+        """Adds loss_lm, loss_kl, loss_alignment: unweighted means over the steps since the last.
+
+        Skipped steps are in no mean, and counted in skipped_steps.
+        """
+        if "loss" in logs:
+            means = {
+                name: self.accelerator.gather(value.reshape(1)).sum().item() / self._steps_since_log
+                for name, value in self._sums_since_log.items()
+            }
+            logs |= {f"loss_{name}": mean for name, mean in means.items()}
+            if self.nonfinite.since_log:
+                # Trainer's own mean counts the skipped steps.
+                logs["loss"] = sum(getattr(self.args, f"{n}_weight") * m for n, m in means.items())
+                if not means:
+                    del logs["loss"]
+            if self.nonfinite.total:
+                logs[LOG_KEY] = self.nonfinite.total
+            self._sums_since_log = {}
+            self._steps_since_log = self.nonfinite.since_log = 0
             logs |= self.throughput.read(self.accelerator.gather)
         super().log(logs, *args, **kwargs)
 
