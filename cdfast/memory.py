@@ -156,11 +156,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             recipe.check_runnable()
         with user_errors():
             chosen = chosen_stages(recipe, which, world_size)
-            for models in chosen:
-                if models.stage.batch_size < 1:
-                    raise ConfigError(
-                        f"batch_size: expected at least 1; got {models.stage.batch_size}."
-                    )
         for models in chosen:
             print_stage(models, world_size, memory)
         print(ASSUMPTIONS)

@@ -6,6 +6,7 @@ and writes the next: the same path whether the run is new or resumed.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -302,11 +303,15 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     from cdfast.collator import VisionTextCollator
     from cdfast.trainer import DistillationTrainer
 
+    gc.collect()  # the trainer of the stage before: its callbacks refer to it and it to them
     stage, folder = run.recipe.stages[number - 1], run.stage_folder(number)
     if (folder / STAGE_FILE).exists():
         run.say(f"stage {number} ({stage.stage}): done already")
         return json.loads((folder / STAGE_FILE).read_text())
-    if stage.needs_teacher and run.teacher is None:
+    if not any(later.needs_teacher for later in run.recipe.stages[number - 1 :]):
+        release_engine(run.teacher)
+        run.teacher = None  # no stage needs its memory from here on
+    elif stage.needs_teacher and run.teacher is None:
         run.teacher = load_model(
             teacher_source(run.recipe),
             run.recipe.teacher_dtype,
