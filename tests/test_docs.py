@@ -1,4 +1,4 @@
-"""The README's code and commands: run if small, parsed and dry-run if they need large models."""
+"""Code and commands of README and docs/: run if small, parsed and dry-run if they need models."""
 
 import re
 import shlex
@@ -12,10 +12,11 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, page="README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def commands(text):
@@ -25,13 +26,19 @@ def commands(text):
     return [line for line in lines if line]
 
 
+def commands_with(module):
+    found = [line for page in PAGES for block in blocks("bash", page) for line in commands(block)]
+    return [line for line in found if f"-m {module}" in line]
+
+
 def train_commands():
-    found = [line for block in blocks("bash") for line in commands(block)]
-    return [line for line in found if "cdfast.train" in line]
+    return commands_with("cdfast.train")
 
 
 def train_arguments(command):
-    return shlex.split(command)[shlex.split(command).index("cdfast.train") + 1 :]
+    """What follows the module; `...` in a page stands for options shown before."""
+    words = shlex.split(command)
+    return [word for word in words[words.index("cdfast.train") + 1 :] if word != "..."]
 
 
 def test_op_example_runs():
@@ -95,11 +102,21 @@ def test_train_commands_are_valid(command, readers_files, capsys):
     main([*train_arguments(command), "--dry-run"])
     printed = capsys.readouterr().out
     assert "stages" in printed
-    assert "not ready to run" not in printed
+    assert "not ready to run" not in printed or "..." in command
+
+
+@pytest.mark.parametrize("command", commands_with("cdfast.memory"))
+def test_memory_commands_run(command, capsys):
+    from cdfast.memory import main
+
+    words = shlex.split(command)
+    main(words[words.index("cdfast.memory") + 1 :])
+    assert "ZeRO teacher" in capsys.readouterr().out
 
 
 def test_there_are_commands_to_check():
-    assert len(train_commands()) >= 3
+    assert len(train_commands()) >= 8
+    assert len(commands_with("cdfast.memory")) >= 2
 
 
 def test_recipes_in_the_readme_are_the_shipped_ones():
@@ -122,7 +139,7 @@ def test_tables_are_those_of_the_committed_results():
 
 
 def test_links_point_at_files():
-    for path in ("README.md", "CONTRIBUTING.md", "kernels/README.md"):
+    for path in (*PAGES, "CONTRIBUTING.md", "kernels/README.md"):
         text = (ROOT / path).read_text()
         for target in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert ((ROOT / path).parent / target).exists(), f"{path}: {target}"

@@ -354,7 +354,7 @@ def test_options_of_training_are_options_here(capsys):
         ),
         (["--world-size", "2", "--gpu-memory", "0GB"], "such as 80GB, 40GiB or 81920MB; got '0GB'"),
         (["--world-size", "2", "--stage", "dpd"], "--stage: expected worst, all, or one of dpt"),
-        (["--world-size", "2", "--batch-size", "0"], "batch_size: stage 1 (dpt): expected at least 1; got 0"),
+        (["--world-size", "2", "--batch-size", "0"], "(dpt): expected at least 1; got 0"),
         (["compodistill-3b", "--world-size", "2"], "Did you mean 'compodistill-2b'?"),
         (["--world-size", "2", "--zero-stage", "4"], "zero_stage"),
     ],
