@@ -62,6 +62,11 @@ def commit(staging: Path, target: Path, *, step: int, zero_stage: int) -> None:
     def share() -> dict[str, dict[str, Any]]:
         for name in names[mine.index(rank) :: len(mine)]:
             fsync(staging / name)
+        with safe_pickles(zero_stage):
+            for name in names[rank::world]:
+                problem = _pickle_problem(staging / name, name)
+                if problem:  # now, not when the run wants to resume
+                    raise CheckpointError(f"{staging}: cannot be read back: {problem}.")
         return {name: describe(staging / name) for name in names[rank::world]}
 
     described = exchange(together(share, staging.parent))
@@ -164,16 +169,19 @@ def _file_problem(checkpoint: Path, name: str, expected: dict[str, Any]) -> str 
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    return _pickle_problem(path, name) if path.suffix in _PICKLES else None
+    return _pickle_problem(path, name)
 
 
 def _pickle_problem(path: Path, name: str) -> str | None:
     """The unpickler that resume uses decides, by its own list; tensors are mapped, not read."""
+    if path.suffix not in _PICKLES:
+        return None
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = re.search(r"(GLOBAL|Unsupported|Can only|Trying to)[^\n]*", str(error))
-        return f"{name} holds more than data: {reason.group() if reason else error!r}"
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = found.group(1) if found else str(error).split("\n")[0]
+        return f"{name} holds more than data, or none: {reason}"
     return None
 
 
@@ -218,8 +226,10 @@ def safe_pickles(zero_stage: int) -> Iterator[None]:
     if zero_stage:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
 
-        allowed += [ZeroStageEnum, LossScaler, DynamicLossScaler]
+        # Plain records and numbers; stage 3 has the first two, stages 1 and 2 the last one too.
+        allowed += [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
     # DeepSpeed asks for weights_only=False, and this is torch's own way to overrule that.
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)

@@ -14,7 +14,14 @@ from cdfast.checkpoint import newest_checkpoint, rotate, safe_pickles, verify
 from cdfast.export import export_checkpoint
 from cdfast.export import main as export_main
 from cdfast.manifest import describe, manifest_text
-from cdfast.storage import CheckpointError, prepare_run_folder, staged_folder, together, write_text
+from cdfast.storage import (
+    CheckpointError,
+    _require_visible,
+    prepare_run_folder,
+    staged_folder,
+    together,
+    write_text,
+)
 from tests.cdfast.test_trainer import make_trainer
 
 OPTIONS = {
@@ -146,6 +153,12 @@ def test_what_a_crash_has_left_is_removed_and_what_it_replaced_is_put_back(run):
     prepare_run_folder(run)
     assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert verify(run / "checkpoint-3") is None
+
+
+def test_a_folder_that_not_all_machines_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("cdfast.storage._SHARED_STORAGE_SECONDS", 0.0)
+    with pytest.raises(CheckpointError, match="must be on storage that all machines share"):
+        _require_visible(tmp_path, "token")
 
 
 def test_save_on_each_node_is_refused(tmp_path):
@@ -285,6 +298,18 @@ def test_a_planted_pickle_is_refused_by_name_and_not_executed(run, tmp_path, nam
     # The file does what it says once it is loaded without the list.
     torch.load(path, weights_only=False)
     assert marker.is_dir()
+
+
+def test_a_save_that_could_not_be_loaded_again_fails_at_once(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **OPTIONS)
+
+    def save(folder):
+        torch.save({"state": Planted(tmp_path)}, f"{folder}/optimizer.pt")
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", save)
+    with pytest.raises(CheckpointError, match=r"cannot be read back: optimizer.pt holds more .*mk"):
+        trainer.train()
+    assert names(tmp_path) == []
 
 
 def test_no_load_inside_safe_pickles_executes_anything(tmp_path):

@@ -107,6 +107,19 @@ def test_ranks_resume_from_the_older_checkpoint(warm, trained, copied, tmp_path,
     assert (tmp_path / "trace").read_text().splitlines() == want[2:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_resume_at_every_zero_stage(warm, tmp_path, stage):
+    for folder, halves in ((tmp_path / "whole", [2]), (tmp_path / "halves", [1, 1])):
+        folder.mkdir()
+        for steps in halves:
+            codes, output = train(warm, folder, folder / "run", stage=stage, stop_after=steps)
+            assert codes == [0, 0], output[-3000:]
+    assert f"resuming from {folder}/run/checkpoint-1" in output
+    traces = [(tmp_path / name / "trace").read_text() for name in ("whole", "halves")]
+    assert traces[0] == traces[1]
+
+
 # -- pickles ---------------------------------------------------------------------------------------
 
 

@@ -133,6 +133,8 @@ def train(
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto"},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
