@@ -77,7 +77,7 @@ def copied(trained, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_of_two_ranks_are_whole(trained, stage):
     for path in (trained[stage] / "run").iterdir():
-        assert verify(path) is None
+        assert verify(path, STAGES[stage]) is None
         manifest = json.loads((path / "manifest.json").read_text())
         assert (manifest["world_size"], manifest["zero_stage"]) == (2, STAGES[stage])
 
@@ -88,7 +88,7 @@ def test_checkpoints_of_two_ranks_are_whole(trained, stage):
 def test_damage_to_any_file_is_found(copied, stage, name, damage):
     run = copied(stage)
     DAMAGE[damage](run / "checkpoint-3" / name)
-    assert verify(run / "checkpoint-3").startswith(f"{name} ")
+    assert verify(run / "checkpoint-3", STAGES[stage]).startswith(f"{name} ")
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_a_planted_pickle_is_refused_by_name(copied, tmp_path, stage, name):
     run, marker = copied(stage), tmp_path / "executed"
     torch.save({"module": Planted(marker)}, run / "checkpoint-3" / name)
     rewrite_manifest(run / "checkpoint-3")
-    assert verify(run / "checkpoint-3").startswith(f"{name} holds more than data")
+    assert verify(run / "checkpoint-3", STAGES[stage]).startswith(f"{name} holds more than data")
     assert not marker.exists()
 
 
