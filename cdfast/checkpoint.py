@@ -62,6 +62,11 @@ def commit(staging: Path, target: Path, *, step: int, zero_stage: int) -> None:
     def share() -> dict[str, dict[str, Any]]:
         for name in names[mine.index(rank) :: len(mine)]:
             fsync(staging / name)
+        with safe_pickles(zero_stage):
+            for name in names[rank::world]:
+                problem = _pickle_problem(staging / name, name)
+                if problem:  # now, not when the run wants to resume
+                    raise CheckpointError(f"{staging}: cannot be read back: {problem}.")
         return {name: describe(staging / name) for name in names[rank::world]}
 
     described = exchange(together(share, staging.parent))
@@ -118,7 +123,7 @@ def newest_checkpoint(
     tell = say if rank == 0 else lambda text: None
     names = exchange([path.name for path in checkpoints(folder)] if rank == 0 else [])[0]
     for name in names:
-        problem = verify(folder / name)
+        problem = verify(folder / name, zero_stage)
         if problem is None:
             require_same_layout(folder / name, zero_stage)
             tell(f"resuming from {folder / name}")
@@ -129,21 +134,29 @@ def newest_checkpoint(
     return None
 
 
-def verify(checkpoint: Path, resumable: bool = True) -> str | None:
+def verify(checkpoint: Path, zero_stage: int | None) -> str | None:
     """Why a checkpoint must not be used, or None. Collective: every rank reads a share of it.
 
-    Sizes and hashes of all files are those of the manifest, its pickles hold nothing but data, and,
-    if it must be `resumable`, no part of the state is missing.
+    Args:
+        checkpoint: folder.
+        zero_stage: of the run that wants to resume from it; None: only its weights are wanted.
+
+    Sizes and hashes of all files are those of the manifest. For a run that resumes, no part of the
+    state is missing, and the pickles, if it would load them, hold nothing but data.
     """
     rank, world = rank_and_world()
     manifest, problem = exchange(read_manifest(checkpoint) if rank == 0 else ({}, None))[0]
     if problem:
         return problem
     files = manifest["files"]
-    with safe_pickles(manifest["zero_stage"]):
-        found = [_file_problem(checkpoint, n, files[n]) for n in sorted(files)[rank::world]]
+    mine = sorted(files)[rank::world]
+    found = [_file_problem(checkpoint, name, files[name]) for name in mine]
+    # A checkpoint of another stage is refused for that, here perhaps without DeepSpeed.
+    if zero_stage is not None and zero_stage == manifest["zero_stage"] and not any(found):
+        with safe_pickles(zero_stage):
+            found = [_pickle_problem(checkpoint / name, name) for name in mine]
     problems = [text for part in exchange(found) for text in part if text is not None]
-    problems += _missing_parts(manifest) if resumable else []
+    problems += _missing_parts(manifest) if zero_stage is not None else []
     if not problems:
         return None
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -164,16 +177,19 @@ def _file_problem(checkpoint: Path, name: str, expected: dict[str, Any]) -> str 
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    return _pickle_problem(path, name) if path.suffix in _PICKLES else None
+    return None
 
 
 def _pickle_problem(path: Path, name: str) -> str | None:
     """The unpickler that resume uses decides, by its own list; tensors are mapped, not read."""
+    if path.suffix not in _PICKLES:
+        return None
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = re.search(r"(GLOBAL|Unsupported|Can only|Trying to)[^\n]*", str(error))
-        return f"{name} holds more than data: {reason.group() if reason else error!r}"
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = found.group(1) if found else str(error).split("\n")[0]
+        return f"{name} holds more than data, or none: {reason}"
     return None
 
 
@@ -218,8 +234,10 @@ def safe_pickles(zero_stage: int) -> Iterator[None]:
     if zero_stage:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
 
-        allowed += [ZeroStageEnum, LossScaler, DynamicLossScaler]
+        # Plain records and numbers; stage 3 has the first two, stages 1 and 2 the last one too.
+        allowed += [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
     # DeepSpeed asks for weights_only=False, and this is torch's own way to overrule that.
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)

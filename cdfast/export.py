@@ -49,7 +49,7 @@ def export_checkpoint(
     """
     if output.exists():
         raise CheckpointError(f"{output}: exists already. Give another folder to export to.")
-    problem = verify(checkpoint, resumable=False)
+    problem = verify(checkpoint, zero_stage=None)
     if problem:
         raise CheckpointError(f"{checkpoint}: cannot be exported: {problem}.")
     options = {

@@ -153,7 +153,7 @@ class ResumableTrainer(Trainer):
             checkpoint = newest_checkpoint(folder, self.zero_stage)
         elif resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
-            problem = verify(checkpoint)
+            problem = verify(checkpoint, self.zero_stage)
             if problem:
                 raise CheckpointError(
                     f"{checkpoint}: cannot be resumed from: {problem}. Give another checkpoint, or "

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from cdfast.checkpoint import newest_checkpoint, rotate, safe_pickles, verify
 from cdfast.export import export_checkpoint
 from cdfast.export import main as export_main
 from cdfast.manifest import describe, manifest_text
-from cdfast.storage import CheckpointError, prepare_run_folder, staged_folder, together, write_text
+from cdfast.storage import (
+    CheckpointError,
+    _require_visible,
+    prepare_run_folder,
+    staged_folder,
+    together,
+    write_text,
+)
 from tests.cdfast.test_trainer import make_trainer
 
 OPTIONS = {
@@ -83,7 +91,7 @@ def test_a_checkpoint_lists_all_its_files_and_nothing_else_is_left(trained):
         assert sorted(manifest["files"]) == FILES
         assert (manifest["world_size"], manifest["zero_stage"]) == (1, 0)
         assert f"checkpoint-{manifest['step']}" == path.name
-        assert verify(path) is None
+        assert verify(path, 0) is None
 
 
 def test_everything_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
@@ -145,7 +153,13 @@ def test_what_a_crash_has_left_is_removed_and_what_it_replaced_is_put_back(run):
     (run / "_trash-checkpoint-0").mkdir()
     prepare_run_folder(run)
     assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    assert verify(run / "checkpoint-3") is None
+    assert verify(run / "checkpoint-3", 0) is None
+
+
+def test_a_folder_that_not_all_machines_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("cdfast.storage._SHARED_STORAGE_SECONDS", 0.0)
+    with pytest.raises(CheckpointError, match="must be on storage that all machines share"):
+        _require_visible(tmp_path, "token")
 
 
 def test_save_on_each_node_is_refused(tmp_path):
@@ -189,7 +203,7 @@ def test_a_part_that_the_save_has_not_written_is_found(run):
     manifest = json.loads(path.read_text())
     del manifest["files"]["rng_state.pth"], manifest["sha256"]
     path.write_text(manifest_text(manifest))
-    assert verify(run / "checkpoint-3") == "rng_state.pth is missing from the save"
+    assert verify(run / "checkpoint-3", 0) == "rng_state.pth is missing from the save"
     assert newest_checkpoint(run, 0, print) == run / "checkpoint-2"
 
 
@@ -200,7 +214,7 @@ def test_resume_from_a_damaged_run_ends_with_the_same_losses(run, trained, capsy
     assert losses(trainer) == trained[1]
     assert f"resuming from {run / 'checkpoint-2'}" in capsys.readouterr().out
     # The broken one has been replaced.
-    assert verify(run / "checkpoint-3") is None
+    assert verify(run / "checkpoint-3", 0) is None
     assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
@@ -241,7 +255,9 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(run):
         ("zero_stage", 3, "ZeRO stage: it was saved with 3; this run has 0"),
     ],
 )
-def test_another_layout_is_refused_with_both_numbers_and_the_remedy(run, key, value, said):
+def test_another_layout_is_refused_with_both_numbers_and_the_remedy(
+    run, key, value, said, monkeypatch
+):
     path = run / "checkpoint-3" / "manifest.json"
     manifest = {**json.loads(path.read_text()), key: value}
     del manifest["sha256"]
@@ -255,10 +271,14 @@ def test_another_layout_is_refused_with_both_numbers_and_the_remedy(run, key, va
         manifest["files"][name] = described
     path.write_text(manifest_text(manifest))
     rewrite_manifest(run / "checkpoint-3")
+    # Where DeepSpeed is not installed, the reason is the same.
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(CheckpointError) as refusal:
         newest_checkpoint(run, 0, print)
     assert said in str(refusal.value)
     assert f"python -m cdfast.export {run / 'checkpoint-3'}" in str(refusal.value)
+    export_checkpoint(run / "checkpoint-3", run / "exported")  # and the remedy works
+    assert (run / "exported" / "model.safetensors").exists()
 
 
 # -- pickles ---------------------------------------------------------------------------------------
@@ -285,6 +305,18 @@ def test_a_planted_pickle_is_refused_by_name_and_not_executed(run, tmp_path, nam
     # The file does what it says once it is loaded without the list.
     torch.load(path, weights_only=False)
     assert marker.is_dir()
+
+
+def test_a_save_that_could_not_be_loaded_again_fails_at_once(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **OPTIONS)
+
+    def save(folder):
+        torch.save({"state": Planted(tmp_path)}, f"{folder}/optimizer.pt")
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", save)
+    with pytest.raises(CheckpointError, match=r"cannot be read back: optimizer.pt holds more .*mk"):
+        trainer.train()
+    assert names(tmp_path) == []
 
 
 def test_no_load_inside_safe_pickles_executes_anything(tmp_path):

@@ -77,7 +77,7 @@ def copied(trained, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_of_two_ranks_are_whole(trained, stage):
     for path in (trained[stage] / "run").iterdir():
-        assert verify(path) is None
+        assert verify(path, STAGES[stage]) is None
         manifest = json.loads((path / "manifest.json").read_text())
         assert (manifest["world_size"], manifest["zero_stage"]) == (2, STAGES[stage])
 
@@ -88,7 +88,7 @@ def test_checkpoints_of_two_ranks_are_whole(trained, stage):
 def test_damage_to_any_file_is_found(copied, stage, name, damage):
     run = copied(stage)
     DAMAGE[damage](run / "checkpoint-3" / name)
-    assert verify(run / "checkpoint-3").startswith(f"{name} ")
+    assert verify(run / "checkpoint-3", STAGES[stage]).startswith(f"{name} ")
 
 
 @pytest.mark.slow
@@ -107,6 +107,19 @@ def test_ranks_resume_from_the_older_checkpoint(warm, trained, copied, tmp_path,
     assert (tmp_path / "trace").read_text().splitlines() == want[2:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_resume_at_every_zero_stage(warm, tmp_path, stage):
+    for folder, halves in ((tmp_path / "whole", [2]), (tmp_path / "halves", [1, 1])):
+        folder.mkdir()
+        for steps in halves:
+            codes, output = train(warm, folder, folder / "run", stage=stage, stop_after=steps)
+            assert codes == [0, 0], output[-3000:]
+    assert f"resuming from {folder}/run/checkpoint-1" in output
+    traces = [(tmp_path / name / "trace").read_text() for name in ("whole", "halves")]
+    assert traces[0] == traces[1]
+
+
 # -- pickles ---------------------------------------------------------------------------------------
 
 
@@ -116,7 +129,7 @@ def test_a_planted_pickle_is_refused_by_name(copied, tmp_path, stage, name):
     run, marker = copied(stage), tmp_path / "executed"
     torch.save({"module": Planted(marker)}, run / "checkpoint-3" / name)
     rewrite_manifest(run / "checkpoint-3")
-    assert verify(run / "checkpoint-3").startswith(f"{name} holds more than data")
+    assert verify(run / "checkpoint-3", STAGES[stage]).startswith(f"{name} holds more than data")
     assert not marker.exists()
 
 

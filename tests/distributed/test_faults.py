@@ -145,7 +145,7 @@ def find(events, kind, pattern):
         for number, (k, size, path) in enumerate(events, 1)
         if k == kind and re.search(pattern, path)
     ]
-    assert found, f"no {kind} of {pattern} in {events}"
+    assert found, f"no {kind} of {pattern} among {len(events)} events"
     return max(found)[1]
 
 
