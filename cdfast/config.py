@@ -490,6 +490,10 @@ def override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
                 if stage_kind or _STAGE_WEIGHTS[stage["stage"]].get(name) != 0.0:
                     stage[name] = value
         elif name in _TRAINER_TYPES:
+            if not stage_kind:
+                # What is asked for here wins over what the recipe says of a stage.
+                for stage in chosen:
+                    stage["arguments"] = {k: v for k, v in stage["arguments"].items() if k != name}
             for target in chosen if stage_kind else [values]:
                 target["arguments"] = {**target["arguments"], name: value}
         else:

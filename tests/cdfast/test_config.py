@@ -372,6 +372,16 @@ def test_training_argument_of_another_type_is_refused(name, text, kind):
         parse_command_line(["miniature", f"--{name}", text])
 
 
+def test_an_argument_asked_for_wins_over_that_of_a_stage():
+    recipe = load_recipe("miniature")
+    assert any(stage.arguments.get("save_strategy") == "no" for stage in recipe.stages) or (
+        recipe.arguments.get("save_strategy") == "no"
+    )
+    asked = override(recipe, {"save_strategy": "steps"})
+    assert asked.arguments["save_strategy"] == "steps"
+    assert not any("save_strategy" in stage.arguments for stage in asked.stages)
+
+
 def test_training_argument_that_is_broken_yaml_is_refused():
     with pytest.raises(ConfigError, match=r"arguments.report_to: expected text or YAML; got '\[a'"):
         parse_command_line(["miniature", "--report-to", "[a"])
