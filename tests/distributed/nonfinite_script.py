@@ -20,7 +20,7 @@ from cdfast.collator import VisionTextCollator
 from cdfast.nonfinite import NonFiniteError
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.tiny_models import tiny_llava, tiny_teacher
-from tests.distributed.step_script import InOrder
+from tests.distributed.step_script import InOrder, leave
 
 BAD = 6
 GOOD, BAD_STEP = [[0, 1, 2, 4], [5, 8, 9, 10], [12, 13, 14, 0]], [1, 2, 4, BAD]
@@ -153,7 +153,7 @@ def main(folder, how):
     poison()
     for case in STEPS:
         run_case(case, folder, stage)
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from cdfast.adapters import vision_tower
 from cdfast.metrics import Throughput, mark_engine_step
 from tests.cdfast.tiny_models import tiny_batch, tiny_llava
+from tests.distributed.step_script import leave
 
 BUCKET, PERSISTENT = 10_000, 100
 
@@ -96,8 +97,7 @@ def main(folder):
     deepspeed.init_distributed("gloo", verbose=False)
     found = {stage: measure(stage) for stage in (1, 2, 3)}
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
