@@ -1,4 +1,4 @@
-"""Recipes: YAML over two dataclasses, and the command line that overrides them.
+"""Recipes: YAML over two dataclasses, and how options override them.
 
 A recipe says which models, which data, how attention is aligned, and in which stages. Every field
 is an option of `python -m cdfast.train`: `--kl-weight 0.5` sets it for all stages, and
@@ -7,7 +7,6 @@ is an option of `python -m cdfast.train`: `--kl-weight 0.5` sets it for all stag
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import importlib.resources
@@ -450,8 +449,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
-_STAGE_FIELDS = [f for f in fields(StageRecipe) if f.name not in ("stage", "arguments")]
-_RECIPE_FIELDS = [
+# What the command line offers as options.
+STAGE_FIELDS = [f for f in fields(StageRecipe) if f.name not in ("stage", "arguments")]
+RECIPE_FIELDS = [
     f
     for f in fields(Recipe)
     if f.name not in ("description", "arguments", "stages", "compare", "architecture")
@@ -473,7 +473,7 @@ def override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     """
     values = to_dict(recipe)
     recipe_names = {f.name for f in fields(Recipe)}
-    stage_names = {f.name for f in _STAGE_FIELDS}
+    stage_names = {f.name for f in STAGE_FIELDS}
     for key, value in options.items():
         stage_kind, _, name = key.rpartition(".")
         if stage_kind:
@@ -505,96 +505,3 @@ def override(recipe: Recipe, options: dict[str, Any]) -> Recipe:
 
 def _near(name: str, known: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(name, known, n=5, cutoff=0.3) or sorted(known)
-
-
-def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Namespace]:
-    """(recipe with overrides applied, flags); the recipe is None for --list.
-
-    Raises:
-        ConfigError: an unknown recipe or option, or a value of the wrong type.
-    """
-    parser = argparse.ArgumentParser(
-        prog="torchrun [--nproc-per-node N] -m cdfast.train",
-        usage="%(prog)s [RECIPE|FILE.yaml] [--option value ...]",
-        description="Distil a multimodal LLM. Without arguments: the embedded miniature.",
-        epilog="Stage options may be given for one kind of stage, as --dft.max-steps 100. Every "
-        "field of transformers.TrainingArguments is an option too, as --save-steps 50.",
-        allow_abbrev=False,
-    )
-    flags = parser.add_argument_group("flags")
-    for name, text in {
-        "list": "list the shipped recipes and exit",
-        "resume": "continue the run in --output-dir (default: the newest of this recipe)",
-        "overwrite": "delete what is in --output-dir first",
-        "dry-run": "check the recipe, print stages, matched layers and sizes, and exit",
-    }.items():
-        flags.add_argument(f"--{name}", action="store_true", help=text)
-    flags.add_argument(
-        "--compare",
-        nargs="*",
-        metavar="VARIANT",
-        help="also train these variants of the recipe (default: all), and print one table",
-    )
-    for title, group in (("recipe", _RECIPE_FIELDS), ("stage", _STAGE_FIELDS)):
-        section = parser.add_argument_group(f"{title} options")
-        for f in group:
-            if title == "stage" and f.name in {r.name for r in _RECIPE_FIELDS}:
-                continue
-            # What a recipe has that does not name the field; an empty value says nothing.
-            shown = "" if f.default in (dataclasses.MISSING, None, "") else f" ({f.default})"
-            several = "list" in str(f.type)
-            section.add_argument(
-                f"--{f.name.replace('_', '-')}",
-                nargs="*" if several else "?",
-                const=None if several else "true",
-                metavar="VALUE",
-                default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']}{shown}".replace("%", "%%"),
-            )
-    # The recipe comes first: argparse would take the value of an option it does not know for it.
-    argv = _join_negative(argv)
-    source = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    namespace, rest = parser.parse_known_args(argv)
-    if source is None:
-        own = any(hasattr(namespace, name) for name in ("teacher", "student", "data"))
-        source = OWN_MODELS if own else MINIATURE
-    flag_names = ("list", "compare", "resume", "overwrite", "dry_run")
-    options = {k: v for k, v in vars(namespace).items() if k not in flag_names}
-    options |= _pairs(rest)
-    chosen = argparse.Namespace(**{k: getattr(namespace, k) for k in flag_names})
-    if chosen.list:
-        return None, chosen
-    if chosen.resume and chosen.overwrite:
-        raise ConfigError(
-            "--resume, --overwrite: expected one of them; got both. --resume continues the run in "
-            "--output-dir, --overwrite deletes it."
-        )
-    return override(load_recipe(source), options), chosen
-
-
-def _join_negative(argv: Sequence[str]) -> list[str]:
-    """`--name -1e-4` as `--name=-1e-4`: argparse takes what begins with a dash for an option."""
-    joined: list[str] = []
-    for token in argv:
-        follows_option = bool(joined) and joined[-1].startswith("--") and "=" not in joined[-1]
-        if follows_option and re.match(r"-(\.?\d|inf|nan)", token):
-            joined[-1] += f"={token}"
-        else:
-            joined.append(token)
-    return joined
-
-
-def _pairs(tokens: Sequence[str]) -> dict[str, Any]:
-    """--name value, --name=value and --name a b of the options that argparse did not know."""
-    options: dict[str, Any] = {}
-    name = ""
-    for token in tokens:
-        if token.startswith("--"):
-            name, _, value = token[2:].partition("=")
-            name = name.replace("-", "_")
-            options[name] = [value] if "=" in token else []
-        elif name:
-            options[name].append(token)
-        else:
-            raise ConfigError(f"unexpected argument {token!r}: options start with --.")
-    return {k: ("true" if not v else v[0] if len(v) == 1 else v) for k, v in options.items()}

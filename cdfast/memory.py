@@ -17,7 +17,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cdfast.config import TEACHER_PLACEMENTS, ConfigError, Recipe, parse_command_line
+from cdfast.command_line import parse_command_line
+from cdfast.config import TEACHER_PLACEMENTS, ConfigError, Recipe
 from cdfast.data import DataError
 from cdfast.footprint import Footprint
 from cdfast.stage_memory import StageModels, combinations, fits, footprint, stage_models

@@ -29,12 +29,12 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from cdfast.command_line import parse_command_line
 from cdfast.config import (
     ConfigError,
     Recipe,
     load_recipe,
     override,
-    parse_command_line,
     recipe_files,
     to_dict,
 )

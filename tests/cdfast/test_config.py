@@ -6,6 +6,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
+from cdfast.command_line import parse_command_line
 from cdfast.config import (
     STAGES,
     ConfigError,
@@ -14,7 +15,6 @@ from cdfast.config import (
     from_dict,
     load_recipe,
     override,
-    parse_command_line,
     recipe_files,
     to_dict,
 )

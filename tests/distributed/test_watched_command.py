@@ -44,6 +44,7 @@ def test_the_command_is_watched(tmp_path):
             assert time.monotonic() < until
             assert [rank.poll() for rank in ranks] == [None, None], log.read_text()[-2000:]
             time.sleep(0.2)
+        time.sleep(3)  # its step is told once a second
         ranks[1].kill()
         assert ranks[0].wait(30) == RANK_LOST
     finally:
