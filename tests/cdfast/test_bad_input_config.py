@@ -7,25 +7,12 @@ import os
 import re
 
 import pytest
-import torch
 import yaml
 
 from cdfast import train
-from tests.cdfast import photo_setup
 from tests.cdfast.command import arguments, refused
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return photo_setup.make_checkpoints(tmp_path_factory.mktemp("photos"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

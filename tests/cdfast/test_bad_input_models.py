@@ -8,7 +8,6 @@ import re
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
@@ -17,18 +16,7 @@ from cdfast.train import main
 from tests.cdfast import photo_setup
 from tests.cdfast.command import arguments, refused
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return photo_setup.make_checkpoints(tmp_path_factory.mktemp("photos"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def change_json(path, **values):

@@ -22,6 +22,8 @@ from tests.cdfast import photo_setup
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.tiny_models import tiny_llava, tiny_teacher
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BAD = 6
 # What is made not finite -> the terms that the report names.
 POISONS = {
@@ -47,14 +49,6 @@ SETTINGS = {
 }
 GOOD_STEPS = ([0, 1], [2, 4], [5, 8], [9, 10])
 BAD_STEP = [1, BAD]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class InOrder(DistillationTrainer):

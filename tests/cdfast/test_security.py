@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
@@ -33,18 +32,7 @@ from tests.cdfast.audit import (
 from tests.cdfast.command import arguments, refused
 from tests.cdfast.tiny_processors import llava_processor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return photo_setup.make_checkpoints(tmp_path_factory.mktemp("photos"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from cdfast.data import DataError, load_dataset
 from cdfast.models import load_model
 from cdfast.train import main
-from tests.cdfast import photo_setup
 from tests.cdfast.audit import (
     connections,
     opened_below,
@@ -33,18 +32,7 @@ from tests.cdfast.audit import (
 from tests.cdfast.command import arguments, refused
 from tests.cdfast.tiny_processors import LLAVA, llava_processor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return photo_setup.make_checkpoints(tmp_path_factory.mktemp("photos"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

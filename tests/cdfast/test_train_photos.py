@@ -22,6 +22,8 @@ from cdfast.train import main
 from cdfast.trainer import DistillationTrainer
 from tests.cdfast import photo_setup
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 # LM, P_s and so on of a student in memory, by parameter name.
 PARTS = {
@@ -32,20 +34,6 @@ PARTS = {
 }
 FAST = {"logging_steps": 1, "disable_tqdm": True}
 STAGE = {"batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "warmup": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on more, several times over on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return photo_setup.make_checkpoints(tmp_path_factory.mktemp("photos"))
 
 
 def write_recipe(folder, stages, **fields):

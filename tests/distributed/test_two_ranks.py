@@ -16,17 +16,10 @@ from transformers import AutoModelForImageTextToText
 from tests.cdfast import photo_setup
 from tests.distributed.step_script import CASES, SETUPS, STEPS, run_case
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on more, several times over on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def torchrun(*arguments, cwd, processes=2):
@@ -142,11 +135,6 @@ def test_sharded_models_choose_layers_when_every_rank_has_an_image(two_ranks, on
 
 
 # -- the command -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return photo_setup.make_checkpoints(tmp_path_factory.mktemp("photos"))
 
 
 def command(paths, folder, **changed):
