@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cdfast.aligner import AlignmentTargets, VisualAttentionAligner
 from cdfast.attention import AlignmentContext
-from cdfast.engine import gathered, is_sharded
+from cdfast.engine import gathered
 from cdfast.losses import answer_rows, kl_loss_sum, lm_loss_sum, next_labels, unshifted_rows
 
 LOSS_NAMES = ("lm", "kl", "alignment")
@@ -44,6 +44,7 @@ class TeacherTask:
     aligner: VisualAttentionAligner | None
     logits: bool
     unshifted_kl_mask: bool = False
+    blank_image: bool = False  # run the vision modules in a batch without images too
     output: TeacherOutput | None = None
 
     def run(self, teacher: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -78,7 +79,7 @@ def teacher_step(
     """Run the teacher and keep answer rows and alignment targets only."""
     aligner = task.aligner
     context = aligner.teacher_context(task.layout) if aligner else AlignmentContext(task.layout)
-    hidden = _hidden_states(teacher, inputs, context, blank_image=is_sharded(teacher))
+    hidden = _hidden_states(teacher, inputs, context, task.blank_image)
     return TeacherOutput(
         targets=aligner.targets(context) if aligner else None,
         hidden=hidden[kl_rows(task.labels, task.unshifted_kl_mask)] if task.logits else None,

@@ -83,9 +83,15 @@ def stage_of(config: str | dict[str, Any], asked: int) -> int:
     """The ZeRO stage of a DeepSpeed configuration that the user has written.
 
     Raises:
-        ValueError: it is not the one `asked` for, where that is not 0.
+        ValueError: it is not the one `asked` for, where that is not 0, or there is no such file.
     """
-    values = json.loads(Path(config).read_text()) if isinstance(config, str) else config
+    try:
+        values = json.loads(Path(config).read_text()) if isinstance(config, str) else config
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"deepspeed: expected a JSON file with a DeepSpeed configuration; got {config!r}: "
+            f"{error}. Correct the path or the file, or give --zero-stage alone."
+        ) from error
     stage = int(values.get("zero_optimization", {}).get("stage", 0))
     if asked not in (0, stage):
         raise ValueError(

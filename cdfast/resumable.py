@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from cdfast.arguments import DistillationConfig
 from cdfast.checkpoint import (
     commit,
     deferred_errors,
@@ -42,14 +43,9 @@ class ResumableTrainer(Trainer):
     What a checkpoint holds is Trainer's and DeepSpeed's own; here is when it counts as one.
     """
 
+    args: DistillationConfig
     aligner: Any = None
     _staging: Path | None = None
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage of the engine that trains; 0 without DeepSpeed."""
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return int(plugin.deepspeed_config["zero_optimization"]["stage"]) if plugin else 0
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -69,7 +65,7 @@ class ResumableTrainer(Trainer):
             together(lambda: staging.mkdir(parents=True) if is_first else None, staging)
             together(lambda: write(model, trial), staging)
             together(lambda: self._name_best_checkpoint(target, staging), staging)
-            commit(staging / target.name, target, step=step, zero_stage=self.zero_stage)
+            commit(staging / target.name, target, step=step, zero_stage=self.args.zero_stage)
         finally:
             self._staging, self.args.push_to_hub = None, push
             if is_first:
@@ -150,22 +146,22 @@ class ResumableTrainer(Trainer):
             prepare_run_folder(folder)
         checkpoint: Path | None = None
         if resume_from_checkpoint is True:
-            checkpoint = newest_checkpoint(folder, self.zero_stage)
+            checkpoint = newest_checkpoint(folder, self.args.zero_stage)
         elif resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
-            problem = verify(checkpoint, self.zero_stage)
+            problem = verify(checkpoint, self.args.zero_stage)
             if problem:
                 raise CheckpointError(
                     f"{checkpoint}: cannot be resumed from: {problem}. Give another checkpoint, or "
                     "True for the newest whole one."
                 )
-            require_same_layout(checkpoint, self.zero_stage)
+            require_same_layout(checkpoint, self.args.zero_stage)
         if checkpoint and self.aligner is not None and (checkpoint / ALIGNMENT_FILE).exists():
             self.aligner.load_state_dict(json.loads((checkpoint / ALIGNMENT_FILE).read_text()))
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        with safe_pickles(self.zero_stage):
+        with safe_pickles(self.args.zero_stage):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,5 +172,5 @@ class ResumableTrainer(Trainer):
         return super()._run_epoch(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        with safe_pickles(self.zero_stage):
+        with safe_pickles(self.args.zero_stage):
             super()._load_best_model()

@@ -212,7 +212,9 @@ class DistillationTrainer(ResumableTrainer):
         teacher = None
         if self.teacher is not None:
             self._begin("teacher", training)
-            asked = TeacherTask(*common, aligner, self.args.kl_weight > 0, unshifted)
+            sharded = self.args.teacher_placement != "replicated"
+            logits = self.args.kl_weight > 0
+            asked = TeacherTask(*common, aligner, logits, unshifted, blank_image=sharded)
             with torch.no_grad():
                 self.teacher(**given, task=asked)
             teacher = asked.output

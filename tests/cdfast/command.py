@@ -18,14 +18,20 @@ def refused(arguments, capsys):
     return lines[0]
 
 
-def arguments(paths, out, **changed):
+def options(paths, out, **changed):
+    """Options of a run on the photographs; None leaves one out."""
     given = {
         "teacher": paths.teacher,
         "student": paths.student,
         "data": paths.data,
         "image-root": paths.images,
         "output-dir": out,
-        "max-steps": 1,
         **changed,
     }
-    return ["compodistill", *(str(x) for k, v in given.items() for x in (f"--{k}", v))]
+    pairs = [(f"--{k}", str(v)) for k, v in given.items() if v is not None]
+    return [text for pair in pairs for text in pair]
+
+
+def arguments(paths, out, **changed):
+    """Of a run of one step."""
+    return ["compodistill", *options(paths, out, **{"max-steps": 1, **changed})]

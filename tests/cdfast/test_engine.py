@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
     [
         ({"zero_stage": 4}, "zero_stage: expected 0, 1, 2 or 3; got 4"),
         ({"teacher_placement": "nowhere"}, "teacher_placement: expected one of replicated, shar"),
+        ({"deepspeed": "absent.json"}, "deepspeed: expected a JSON file with a .*absent.json"),
         ({"offload_optimizer": True}, "offload_optimizer: expected zero_stage 1, 2 or 3"),
         (
             {"zero_stage": 1, "muon_learning_rate": 0.02},

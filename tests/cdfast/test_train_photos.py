@@ -21,6 +21,7 @@ from cdfast.stages import write_json
 from cdfast.train import main
 from cdfast.trainer import DistillationTrainer
 from tests.cdfast import photo_setup
+from tests.cdfast.command import options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,20 +42,6 @@ def write_recipe(folder, stages, **fields):
     made = {"name": "photos", "workers": 0, "lora_r": 4, "arguments": FAST, **fields}
     path.write_text(yaml.safe_dump({**made, "stages": [{**STAGE, **s} for s in stages]}))
     return path
-
-
-def options(paths, out, **changed):
-    """Options of a run on the photographs; None leaves one out."""
-    given = {
-        "teacher": paths.teacher,
-        "student": paths.student,
-        "data": paths.data,
-        "image-root": paths.images,
-        "output-dir": out,
-        **changed,
-    }
-    pairs = [(f"--{k}", str(v)) for k, v in given.items() if v is not None]
-    return [text for pair in pairs for text in pair]
 
 
 def run_command(*arguments, **settings):

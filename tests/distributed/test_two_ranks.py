@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.cdfast import photo_setup
+from tests.cdfast.command import options
 from tests.distributed.step_script import CASES, SETUPS, STEPS, run_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,15 +148,7 @@ def command(paths, folder, **changed):
     recipe = {"name": "ranks", "workers": 0, "lora_r": 4, "arguments": arguments, "stages": stages}
     path = folder / "given.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    given = {
-        "teacher": paths.teacher,
-        "student": paths.student,
-        "data": paths.data,
-        "image-root": paths.images,
-        "output-dir": folder / "run",
-        **changed,
-    }
-    return ["-m", "cdfast.train", path, *(t for k, v in given.items() for t in (f"--{k}", v))]
+    return ["-m", "cdfast.train", path, *options(paths, folder / "run", **changed)]
 
 
 @pytest.fixture(scope="module")
