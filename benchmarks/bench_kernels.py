@@ -37,16 +37,9 @@ from cdfast_kernels import (
 
 from benchmarks import peers, report
 from benchmarks.cases import Case, Problem, cpu_cases, gpu_cases
-from benchmarks.measure import (
-    RESULTS,
-    Clock,
-    KernelClock,
-    ceilings,
-    environment,
-    peak_bytes,
-    result_path,
-    write_json,
-)
+from benchmarks.measure import Clock, KernelClock, ceilings
+from benchmarks.memory import peak_bytes
+from benchmarks.result_files import RESULTS, result_path, start, write_json
 from tests.numerics import FLOOR, FORWARD, GRADIENT, assert_within_budget, max_error
 
 OWN = ("triton", "cpu", "reference")
@@ -336,7 +329,7 @@ def measure(case: Case, device: str, clock: Clock, options: Any, ceiling: dict) 
     forward_timed = clock.interleaved(forward, options.rounds, options.case_seconds)
     for name, call in calls.items():
         free()
-        rows[name] = {**timed[name], "peak_bytes": peak_bytes(call)}
+        rows[name] = {**timed[name], "peak_bytes": peak_bytes(call) if clock.cuda else None}
     rows |= forward_timed
     found = {
         **asdict(case),
@@ -376,8 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     path = result_path(options.theme, options.device, options.output)
     arguments = sys.argv[1:] if argv is None else argv
     found: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.bench_kernels", *arguments]),
-        "environment": environment(options.device),
+        **start(options.theme, options.device, "benchmarks.bench_kernels", arguments),
         "ceilings": ceilings(clock, torch.bfloat16 if cuda else torch.float32),
         "goals": report.GOALS,
         "cases": [],

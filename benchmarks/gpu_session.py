@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import environment, write_json
+from benchmarks.result_files import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 # After the limit: seconds to write reports in, before the step is killed.

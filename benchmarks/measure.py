@@ -1,25 +1,16 @@
-"""What the kernel benchmarks share: clocks, ceilings of the machine, environment, result files."""
+"""What the benchmarks measure with: clocks and the ceilings of the machine."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "flash-attn", "xformers", "transformers")
 FLUSH_BYTES = 2**28  # several times the L2 cache of any GPU
 # The device waits this long before a timed region, so that the host has queued all of it by then:
 # about 2 ms at 2 GHz.
@@ -94,18 +85,6 @@ def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
         "host_ms": statistics.median(b for _, b in pairs),
         "rounds": len(pairs),
     }
-
-
-def peak_bytes(run: Callable[[], Any]) -> int | None:
-    """Largest number of bytes allocated during run() beyond those before it; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
@@ -187,48 +166,3 @@ def kernels() -> dict[tuple[Any, str], Any]:
         for name, value in list(vars(module).items())
         if name.endswith("_kernel") and hasattr(value, "run") and hasattr(value, "__getitem__")
     }
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Device, versions and command; nothing that names the machine."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    found: dict[str, Any] = {
-        "device": device_name(device),
-        "python": platform.python_version(),
-        "versions": versions,
-        "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
-        "threads": torch.get_num_threads(),
-    }
-    if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "capability": list(torch.cuda.get_device_capability(0)),
-        }
-    return found
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(0) if device.startswith("cuda") else "cpu"
-
-
-def result_path(theme: str, device: str, folder: Path) -> Path:
-    """<folder>/<theme>_<device>_<yyyymm>.json"""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return folder / f"{theme}_{slug}_{datetime.date.today():%Y%m}.json"
-
-
-def write_json(path: Path, report: Any) -> None:
-    """At once or not at all: a run may be stopped at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)

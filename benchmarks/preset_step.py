@@ -31,7 +31,8 @@ from typing import Any
 import torch
 
 from benchmarks.bench_train_step import VARIANTS, eager_losses
-from benchmarks.measure import RESULTS, environment, result_path, write_json
+from benchmarks.memory import out_of_memory
+from benchmarks.result_files import RESULTS, result_path, start, write_json
 
 # What is aimed at, on a GPU; results stand in a column of their own.
 GOALS = {
@@ -188,13 +189,6 @@ class Pair:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
-        part in text for part in ("out of memory", "alloc_failed")
-    )
 
 
 def attempt(pair: Pair, run: Callable[[], Any]) -> Any:
@@ -424,15 +418,15 @@ def main(argv: list[str] | None = None) -> int:
     deadline = begin + 60 * options.budget_minutes
     pair = Pair(options)
     kept = ("preset", "length", "batch", "rounds", "backend", "gradient_checkpointing", "most")
+    theme = f"train_step_{options.preset}"
     report: dict[str, Any] = {
-        "command": f"python -m benchmarks.bench_train_step {' '.join(argv or sys.argv[1:])}",
-        "environment": environment(options.device),
+        **start(theme, options.device, "benchmarks.bench_train_step", argv or sys.argv[1:]),
         "dtype": str(pair.dtype).removeprefix("torch."),
         "options": {name: getattr(options, name) for name in kept},
         "goals": GOALS,
         "compared": compare(pair, pair.batch(1, options.length)),
     }
-    path = result_path(f"train_step_{options.preset}", options.device, options.output)
+    path = result_path(theme, options.device, options.output)
 
     def write() -> None:
         report["measured"] = measured_goals(report)

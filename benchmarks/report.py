@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import write_json
+from benchmarks.result_files import NOT_MEASURED, described, number, table, write_json
 
 # name -> (what is better, first limit, goal); on a GPU.
 GOALS: dict[str, tuple[str, float, float]] = {
@@ -21,11 +21,6 @@ RATIOS = (
     "target_over_plain_forward",
     "extra_memory_over_eagers_extra",
 )
-NOT_MEASURED = "not measured"
-
-
-def number(x: float | None, digits: int = 2) -> str:
-    return NOT_MEASURED if x is None else f"{x:.{digits}f}"
 
 
 def line(case: dict[str, Any]) -> str:
@@ -37,28 +32,17 @@ def line(case: dict[str, Any]) -> str:
     return f"{case['name']}: {', '.join(parts)} (peer: {ratios['fastest_peer']})"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def markdown(found: dict[str, Any]) -> str:
-    versions = found["environment"]["versions"]
-    present = ", ".join(f"{k} {v}" for k, v in versions.items() if v)
-    missing = ", ".join(k for k, v in versions.items() if not v) or "none"
     ceiling = found["ceilings"]
     parts = [
         "# Kernels beside their peers",
-        f"Device: {found['environment']['device']}. {present}. Not installed: {missing}.",
-        f"Command: `{found['command']}`",
+        described(found),
         f"Measured ceilings: matrix product {ceiling['matmul_tflops']:.1f} TFLOP/s, copy "
         f"{ceiling['copy_gb_per_s']:.0f} GB/s (read and written).",
         "Medians of interleaved rounds; a ratio compares two medians of one case. Milliseconds "
         "are of forward and backward unless they say forward.",
         "## Ratios",
     ]
-    if found["environment"]["interpreter"]:
-        parts.insert(1, "**Triton ran in its interpreter: the times say nothing about a GPU.**")
     measured = [case for case in found["cases"] if "failed" not in case]
     rows = [
         [

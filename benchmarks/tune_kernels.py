@@ -28,15 +28,8 @@ from cdfast_kernels import flash_attention, flash_attention_with_alignment, visu
 
 from benchmarks.candidates import SPECS, Spec, candidates, table_row, table_rows, variations
 from benchmarks.cases import DTYPES, Case, Problem
-from benchmarks.measure import (
-    RESULTS,
-    Clock,
-    environment,
-    kernels,
-    result_path,
-    summary,
-    write_json,
-)
+from benchmarks.measure import Clock, kernels, summary
+from benchmarks.result_files import RESULTS, result_path, start, write_json
 from tests.numerics import FLOOR, max_error
 
 ROUNDS = 12
@@ -354,8 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     path = result_path("launch", options.device, options.output)
     arguments = sys.argv[1:] if argv is None else argv
     report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.tune_kernels", *arguments]),
-        "environment": environment(options.device),
+        **start("launch", options.device, "benchmarks.tune_kernels", arguments),
         "arch": arch,
         "rows": [],
     }

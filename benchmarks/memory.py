@@ -1,0 +1,117 @@
+"""Memory of a call: peak, bytes kept for backward, and a process of its own to measure it in.
+
+On CUDA the peak is that of torch's allocator. On a CPU it is the resident size of the process
+(Linux), which counts what any library allocates; each call is then measured in a fresh process,
+as memory freed earlier would hide it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import resource
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+STATUS = Path("/proc/self/status")
+
+
+def peak_bytes(run: Callable[[], Any], device: str = "cuda") -> int | None:
+    """Largest number of bytes during run() beyond those before it, its results included.
+
+    None on a CPU outside of Linux. On a CPU, warm up with a smaller problem (libraries, threads)
+    and call it in a process of its own: `in_child`.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not STATUS.exists():
+        return None
+    gc.collect()
+    # What was freed must not be counted as there already.
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
+    result = run()
+    peak = _status("VmHWM") - before
+    del result
+    return max(peak, 0)
+
+
+def saved_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps from forward() for backward, each storage once.
+
+    Inputs that a backward needs are among them, as are parameters.
+    """
+    storages: dict[int, int] = {}
+    kept = []  # alive until the end, so that no address is used twice
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept.append(forward())
+    return sum(storages.values())
+
+
+def in_child(
+    function: Callable[..., T], *arguments: Any, threads: int = 1, limit: int | None = None
+) -> T:
+    """function(*arguments) in a fresh process; the function must be importable.
+
+    Args:
+        threads: of torch, in that process.
+        limit: bytes of memory that the process may allocate beyond those it starts with; more
+            raises in it as any failed allocation does, instead of taking the machine down.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: the process was killed.
+        Exception: whatever the function raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _prepare, (threads, limit)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _prepare(threads: int, limit: int | None) -> None:
+    torch.set_num_threads(threads)
+    if limit is not None:
+        most = _status("VmData") + limit
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    text = str(error).lower()
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
+        part in text for part in ("out of memory", "alloc_failed", "can't allocate memory")
+    )
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a new process could take: of the GPU, or of the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/meminfo: expected a line MemAvailable; found none.")
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of this process's status, such as VmRSS (Linux)."""
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
