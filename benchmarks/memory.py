@@ -1,8 +1,8 @@
 """Memory of a call: peak, bytes kept for backward, and a process of its own to measure it in.
 
 On CUDA the peak is that of torch's allocator. On a CPU it is the resident size of the process
-(Linux), which counts what any library allocates; each call is then measured in a fresh process,
-as memory freed earlier would hide it.
+(Linux), which counts what any library allocates; it is measured in a process of its own, in which
+freed memory goes back to the system, as it would hide what comes later.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
+# Of mallopt: allocations of this size and more are mappings of their own, gone when freed.
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**16
 
 
 def peak_bytes(run: Callable[[], Any], device: str = "cuda") -> int | None:
@@ -88,6 +90,7 @@ def in_child(
 
 def _prepare(threads: int, limit: int | None) -> None:
     torch.set_num_threads(threads)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
     if limit is not None:
         most = _status("VmData") + limit
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -1,19 +1,22 @@
-"""What the kernels are measured against: other attentions, and eager with materialised maps.
+"""What the kernels are measured against: attention of other libraries.
 
-Every attention takes q (B, N, H, d), k, v (B, N, Hk, d), and is plain causal. A peer that cannot
-run here raises at its first call; the benchmark then names it as absent, with the reason.
+Every attention takes q (B, N, H, d), k, v (B, N, Hk, d), and is plain causal, but for
+FlexAttention, which takes any layout. A peer that cannot run here raises at its first call; the
+benchmark then names it as absent, with the reason. Eager attention is in eager.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import Problem
+from benchmarks.eager import repeated
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 SDPA = {
@@ -21,11 +24,6 @@ SDPA = {
     "sdpa_cudnn": "CUDNN_ATTENTION",
     "sdpa_efficient": "EFFICIENT_ATTENTION",
 }
-
-
-def repeated(x: Tensor, heads: int) -> Tensor:
-    """Key heads as many times as query heads read them."""
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
 def sdpa(backend: str) -> Attention:
@@ -67,6 +65,23 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q, k, v, causal=True)
 
 
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    return first(flash_attn_func(q, k, v, causal=True))
+
+
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return first(flash_attn_func(q, k, v, causal=True))
+
+
+def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Some versions return the LSE as well."""
+    return out[0] if isinstance(out, tuple) else out
+
+
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
@@ -75,48 +90,80 @@ def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask())
 
 
+# name -> attention, and the module that it needs.
+LIBRARIES: dict[str, tuple[Attention, str]] = {
+    "flash_attn": (flash_attn, "flash_attn.flash_attn_interface"),
+    "flash_attn_3": (flash_attn_3, "flash_attn_interface"),
+    "flash_attn_4": (flash_attn_4, "flash_attn.cute"),
+    "xformers": (xformers, "xformers.ops"),
+}
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is absent
+        return False
+
+
 def attentions() -> dict[str, Attention | str]:
     """name -> attention, or the reason why it is absent."""
     found: dict[str, Attention | str] = {name: sdpa(value) for name, value in SDPA.items()}
-    for name, function in (("flash_attn", flash_attn), ("xformers", xformers)):
-        installed = importlib.util.find_spec(name) is not None
-        found[name] = function if installed else "not installed"
+    for name, (function, module) in LIBRARIES.items():
+        found[name] = function if installed(module) else "not installed"
     return found
 
 
-@dataclass(frozen=True)
-class EagerInputs:
-    """What eager training has at hand once per batch.
+class Flex:
+    """torch's FlexAttention, compiled, on the layout of a problem: (q, k, v) -> out, lse.
 
-    Args:
-        target: (B, N, V), the teacher's head-mean map on the visual columns.
-        visual: int64 (V,), positions of the visual tokens, the same in every sample.
-        first: the first of them, on the host.
-        hidden: bool (N, N), True where a row does not see a key.
+    Its LSE has a gradient, so the alignment loss may stand beside it.
     """
 
-    target: Tensor
-    visual: Tensor
-    first: int
-    hidden: Tensor
+    def __init__(self, problem: Problem):
+        # CPU tensors that need a gradient are refused by FlexAttention itself, at the call.
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        self.packed = problem.layout.is_packed
+        device, batch = problem.q.device, problem.case.batch
+        sample, position, segment = self._labels(problem)
+        length = position.shape[-1]
 
-def eager(q: Tensor, k: Tensor, v: Tensor, given: EagerInputs) -> tuple[Tensor, Tensor]:
-    """out, and the `row` loss (mean over samples) on materialised maps; no code of cdfast_kernels.
+        def visible(b, h, i, j):
+            same = (segment[b, i] == segment[b, j]) | (segment[b, j] == 0)
+            return (sample[b, i] == sample[b, j]) & same & (position[b, i] >= position[b, j])
 
-    As models compute eager attention: softmax in float32 (float64 for float64), probabilities in
-    the dtype of q.
-    """
-    n = q.shape[1]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    probs = scores.masked_fill_(given.hidden, float("-inf")).softmax(-1, dtype=wide).to(q.dtype)
-    del scores
-    out = probs @ v
-    # The first row sees one visual key: it counts, without a loss.
-    rows = slice(given.first + 1, None)
-    student = probs.mean(1)[:, rows][..., given.visual].to(wide)
-    terms = 1 - F.cosine_similarity(student, given.target[:, rows].to(wide), -1)
-    return out.transpose(1, 2), terms.sum(1).mean() / (n - given.first)
+        def causal(b, h, i, j):
+            return i >= j
+
+        plain = problem.case.layout == "causal"
+        rows = None if plain else (1 if self.packed else batch)
+        mask_mod = causal if plain else visible
+        sample, position, segment = (x.to(device) for x in (sample, position, segment))
+        self.mask = create_block_mask(mask_mod, rows, None, length, length, device=str(device))
+        self.attention = torch.compile(flex_attention, dynamic=False)
+
+    def _labels(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample, position and segment of every token; padding is a sample of its own."""
+        shape = problem.live.shape
+        samples = torch.arange(shape[0])[:, None].expand(shape)
+        samples = torch.where(problem.live, samples, -1)
+        positions = torch.arange(shape[1]).expand(shape)
+        labels = samples, positions, problem.segment
+        if self.packed:
+            labels = tuple(x[problem.live][None] for x in labels)  # type: ignore[assignment]
+        return labels
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        from torch.nn.attention.flex_attention import AuxRequest
+
+        if self.packed:
+            q, k, v = (x[None] for x in (q, k, v))
+        out, extra = self.attention(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            block_mask=self.mask,
+            enable_gqa=q.shape[2] != k.shape[2],
+            return_aux=AuxRequest(lse=True),
+        )
+        out, lse = out.transpose(1, 2), extra.lse
+        return (out[0], lse[0]) if self.packed else (out, lse)

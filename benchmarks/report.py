@@ -40,7 +40,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"Measured ceilings: matrix product {ceiling['matmul_tflops']:.1f} TFLOP/s, copy "
         f"{ceiling['copy_gb_per_s']:.0f} GB/s (read and written).",
         "Medians of interleaved rounds; a ratio compares two medians of one case. Milliseconds "
-        "are of forward and backward unless they say forward.",
+        "are of forward and backward unless they say forward. Peak: of one forward and backward, "
+        "results included, inputs not. Saved: kept for backward, inputs included.",
         "## Ratios",
     ]
     measured = [case for case in found["cases"] if "failed" not in case]
@@ -57,6 +58,9 @@ def markdown(found: dict[str, Any]) -> str:
         parts += [f"## {case['name']}", _variants(case)]
         if case["kernels"]:
             parts.append(_kernels(case))
+    lines = absent_lines(measured)
+    if lines:
+        parts += ["## Absent", "\n".join(lines)]
     failed = [f"- {c['name']}: {c['failed']}" for c in found["cases"] if "failed" in c]
     failed += [f"- {name}: {NOT_MEASURED}" for name in found["not_measured"]]
     if failed:
@@ -64,23 +68,43 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def absent_lines(cases: list[dict[str, Any]]) -> list[str]:
+    """Variants that were not timed, by reason, with their cases where it was not in all."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for name, row in case["variants"].items():
+            if "absent" in row:
+                found.setdefault((name, row["absent"]), []).append(case["name"])
+    merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (name, reason), where in found.items():
+        merged.setdefault((reason, tuple(where)), []).append(name)
+    lines = []
+    for (reason, where), names in merged.items():
+        at = "" if len(where) == len(cases) else f" (in: {'; '.join(where)})"
+        lines.append(f"- {', '.join(f'`{name}`' for name in names)}: {reason}{at}")
+    return lines
+
+
+def mebibytes(value: int | None) -> str:
+    return NOT_MEASURED if value is None else f"{value / 2**20:.1f}"
+
+
 def _variants(case: dict[str, Any]) -> str:
+    plain = f"plain[{case['backend']}]"
     rows = []
     for name, row in case["variants"].items():
         if "absent" in row:
-            rows.append([name, f"absent: {row['absent']}".replace("|", "/"), "", "", ""])
             continue
-        peak = row.get("peak_bytes")
-        rows.append(
-            [
-                name,
-                number(row["ms"], 3),
-                f"{100 * row['spread']:.0f}%",
-                number(row["host_ms"], 3),
-                NOT_MEASURED if peak is None else f"{peak / 2**20:.0f}",
-            ]
-        )
-    return table(["variant", "ms", "spread", "host ms", "peak MiB"], rows)
+        base = f"{plain} forward" if name.endswith("forward") or "target" in name else plain
+        over = case["variants"].get(base, {}).get("ms")
+        memory = ["", ""]
+        if "saved_bytes" in row:
+            memory = [mebibytes(row["peak_bytes"]), mebibytes(row["saved_bytes"])]
+        times = [number(row["ms"], 3), f"{100 * row['spread']:.0f}%"]
+        over_plain = number(over and row["ms"] / over)
+        rows.append([name, *times, over_plain, number(row["host_ms"], 3), *memory])
+    header = ["variant", "ms", "spread", "over plain", "host ms", "peak MiB", "saved MiB"]
+    return table(header, rows)
 
 
 def _kernels(case: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cdfast_kernels import native
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("cdfast", "torch", "triton", "numpy", "transformers", "trl", "flash-attn", "xformers")
@@ -31,8 +32,11 @@ def start(theme: str, device: str, module: str, arguments: list[str]) -> dict[st
         theme: first word of the file's name, such as "kernels".
         device: "cpu" or "cuda".
         module: what was run, as after `python -m`.
-        arguments: its arguments.
+        arguments: its arguments; where the results went is left out of the command.
     """
+    if "--output" in arguments:
+        place = arguments.index("--output")
+        arguments = [*arguments[:place], *arguments[place + 2 :]]
     return {
         "theme": theme,
         "command": " ".join([f"python -m {module}", *map(str, arguments)]),
@@ -69,6 +73,7 @@ def environment(device: str) -> dict[str, Any]:
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
         "threads": torch.get_num_threads(),
         "processor": processor(),
+        "instruction_set": native.EXTENSION.isa() if native.EXTENSION else None,
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(0)
@@ -117,7 +122,9 @@ def described(report: dict[str, Any]) -> str:
     missing = ", ".join(k for k, v in versions.items() if not v) or "none"
     device = environment["device"]
     if device == "cpu":
-        device = f"{environment['processor']}, {environment['threads']} threads"
+        threads, instructions = environment["threads"], environment["instruction_set"]
+        device = f"{environment['processor']}, {threads} thread{'s' * (threads > 1)}"
+        device += f", backend cpu on {instructions}" if instructions else ", no backend cpu"
     text = f"{report['date']}. Device: {device}. Python {environment['python']}, {present}. "
     text += f"Not installed: {missing}.\n\nCommand: `{report['command']}`"
     if environment["interpreter"]:

@@ -1,5 +1,6 @@
 """The kernel benchmarks' code, at tiny sizes on a CPU: what they check, compute and write."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,18 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from cdfast_kernels import available_backends
 
+from benchmarks import __main__ as benchmarks_main
 from benchmarks import (
     bench_kernels,
+    bench_layout,
     bench_train_step,
     cases,
     gpu_session,
     measure,
-    peers,
+    memory,
     preset_step,
+    result_files,
     tune_kernels,
+    variants,
 )
+from benchmarks.eager import eager
+from benchmarks.steps import Step
 
 ROOT = Path(__file__).parents[1]
 CASE = cases.Case(40, 25, 1, 4, 2, 32, "fp32")
@@ -40,9 +46,15 @@ def run(*arguments, **environment):
     return done.stdout
 
 
-def test_quick_run_on_a_cpu(tmp_path):
-    options = ["--quick", "--device", "cpu", "--rounds", 3, "--output", tmp_path]
-    run("-m", "benchmarks.bench_kernels", *options)
+@pytest.fixture
+def small_sizes(monkeypatch):
+    found = [CASE, dataclasses.replace(CASE, tokens=70, layout="packed", batch=2)]
+    monkeypatch.setattr(bench_kernels, "cpu_cases", lambda quick: found)
+    return found
+
+
+def test_a_run_on_a_cpu(tmp_path, small_sizes):
+    bench_kernels.main(["--quick", "--device", "cpu", "--rounds", "3", "--output", str(tmp_path)])
     [path] = tmp_path.glob("kernels_cpu_*.json")
     found = json.loads(path.read_text())
     assert path.with_suffix(".md").exists()
@@ -60,13 +72,17 @@ def test_quick_run_on_a_cpu(tmp_path):
         assert ratios["student_over_plain"] == pytest.approx(student / plain)
         assert ratios["eager_over_student"] == pytest.approx(variants["eager"]["ms"] / student)
         peer = ratios["fastest_peer"]
-        assert ratios["plain_speed_over_fastest_peer"] == pytest.approx(
-            variants[peer]["ms"] / plain
-        )
+        assert (peer is None) == (case["layout"] == "packed")
+        if peer:
+            assert ratios["plain_speed_over_fastest_peer"] == pytest.approx(
+                variants[peer]["ms"] / plain
+            )
         target = variants[f"target[{ours}]"]["ms"] / variants[f"plain[{ours}] forward"]["ms"]
         assert ratios["target_over_plain_forward"] == pytest.approx(target)
-        # No GPU: peak memory was not measured, and is not made up.
-        assert ratios["extra_memory_over_eagers_extra"] is None
+        student = variants[f"student[{ours}]"]
+        assert student["peak_bytes"] >= 0
+        tokens = 70 + 35 if case["layout"] == "packed" else 40
+        assert student["saved_bytes"] >= 4 * tokens * (4 + 2 + 2) * 32  # q, k, v
         assert case["checked"]["eager"] == "ok"
     text = path.with_suffix(".md").read_text()
     assert "not measured" in text
@@ -74,7 +90,7 @@ def test_quick_run_on_a_cpu(tmp_path):
         assert name in text
 
 
-def test_no_case_begins_after_the_budget(tmp_path):
+def test_no_case_begins_after_the_budget(tmp_path, small_sizes):
     arguments = ["--quick", "--device", "cpu", "--budget-minutes", "0", "--output", str(tmp_path)]
     bench_kernels.main(arguments)
     [path] = tmp_path.glob("*.json")
@@ -84,8 +100,9 @@ def test_no_case_begins_after_the_budget(tmp_path):
 
 
 def measured(monkeypatch, **changed):
-    variants = bench_kernels.variants
-    monkeypatch.setattr(bench_kernels, "variants", lambda p: variants(p) | changed)
+    found = variants.variants
+    monkeypatch.setattr(variants, "variants", lambda p, compiled=False: found(p) | changed)
+    monkeypatch.setattr(bench_kernels, "peaks_of", lambda *given: {})
     options = bench_kernels.parse(["--device", "cpu", "--rounds", "3"])
     ceiling = {"matmul_tflops": 1.0}
     return bench_kernels.measure(CASE, "cpu", measure.Clock("cpu"), options, ceiling)
@@ -94,10 +111,10 @@ def measured(monkeypatch, **changed):
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_a_wrong_variant_is_not_timed(factor, monkeypatch):
     def wrong(problem, leaves):
-        out, loss = peers.eager(*leaves, problem.eager)
+        out, loss = eager(*leaves, problem.eager)
         return factor * out, loss
 
-    ours = next(b for b in bench_kernels.OWN if available_backends()[b] is None)
+    ours = variants.own_backend()
     found = measured(monkeypatch, **{f"student[{ours}]": wrong})
     row = found["variants"][f"student[{ours}]"]
     assert row["absent"].startswith("wrong at 40 tokens: ")
@@ -124,23 +141,67 @@ def test_the_extra_memory_is_a_share_of_eagers():
     assert found["eager_over_student"] == 1
 
 
-def test_entries_and_pairs_are_those_of_the_layout():
-    problem = cases.Problem(CASE, "cpu", "reference")
-    visible = problem.layout.dense_mask()
-    assert problem.pairs == int(visible.sum())
-    assert problem.entries == int(visible[:, :, problem.visual].sum())
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_entries_and_pairs_are_those_of_the_layout(layout):
+    problem = cases.Problem(dataclasses.replace(CASE, layout=layout, batch=3), "cpu", "reference")
+    layout = problem.layout
+    visible = layout.dense_mask()
+    visual = layout.visual_mask
+    if layout.is_packed:
+        split = visual.split([len(v) for v in visible])
+        sizes = [(int(v.sum()), int(v[:, m].sum())) for v, m in zip(visible, split)]
+        assert (problem.pairs, problem.entries) == tuple(map(sum, zip(*sizes)))
+    else:
+        assert problem.pairs == int(visible.sum())
+        assert problem.entries == int((visible & visual[:, None]).sum())
 
 
-def test_eager_is_the_loss_of_the_reference():
-    problem = cases.Problem(CASE, "cpu", "reference")
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """FlexAttention as its definition, on a CPU, and eager as it is."""
+    module = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(module, "_validate_device", lambda *given: None)
+    monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.mark.parametrize("objective", cases.OBJECTIVES)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_all_variants_agree(layout, objective, uncompiled):
+    """Ours, the modular form, FlexAttention with its LSE, and eager, with their gradients."""
+    case = cases.Case(150, 100, 3, 4, 2, 32, "fp32", layout, objective)
+    ours = variants.own_backend()
+    checks = variants.check_small(case, "cpu", ours)
+    assert {name: reason for name, reason in checks.items() if reason and "wrong" in reason} == {}
+    problem = cases.Problem(case, "cpu", ours)
+    runs, rows = variants.usable_runs(problem, checks, compiled=True)
+    expected = {f"plain[{ours}]", f"student[{ours}]", f"modular[flex+{ours}]"}
+    expected |= {"flex", "eager", "eager, compiled", f"modular[sdpa+{ours}]", "student[reference]"}
+    assert expected <= set(runs)
+    assert ("sdpa_flash" in runs) == (layout == "causal")
+    assert {name for name, row in rows.items() if "wrong" in row["absent"]} == set()
+
+
+@pytest.mark.parametrize("which", range(5), ids=("out", "loss", "dq", "dk", "dv"))
+def test_a_difference_at_full_size_is_found(which, uncompiled):
+    problem = cases.Problem(CASE, "cpu", variants.own_backend())
     problem.prepare_eager()
-    found = {
-        name: bench_kernels.whole(problem, run)
-        for name, run in bench_kernels.variants(problem).items()
-        if name in ("eager", "student[reference]")
-    }
-    for a, b in zip(*found.values()):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    want = variants.whole(problem, variants.variants(problem)["eager"])
+    got = [x.detach().clone() for x in want]
+    assert variants.difference(problem, tuple(got), want) is None
+    got[which] = 1.001 * got[which]
+    name = ("out", "loss", "dq", "dk", "dv")[which]
+    assert f"wrong at full size: {name} is off" in variants.difference(problem, tuple(got), want)
+
+
+def test_maps_that_would_not_fit_are_not_tried(monkeypatch):
+    monkeypatch.setattr(variants, "available_bytes", lambda device: 1000)
+    problem = cases.Problem(CASE, "cpu", variants.own_backend())
+    runs, rows = variants.usable_runs(problem, {})
+    assert problem.eager is None
+    for name in ("eager", "student[reference]"):
+        assert name not in runs
+        assert "GiB are free" in rows[name]["absent"]
 
 
 def test_every_case_has_visual_tokens_that_fit():
@@ -152,6 +213,80 @@ def test_every_case_has_visual_tokens_that_fit():
             assert all(case.heads % case.kv_heads == 0 for case in found)
     sizes = {case.tokens for case in cases.gpu_cases(False)}
     assert sizes >= {1024, 2048, 4096, 8192, 16384}
+
+
+def test_the_microbenchmarks_run_under_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    target = tmp_path / "found.json"
+    run(
+        *("-m", "pytest", "benchmarks/test_kernels.py", "-q", "-p", "no:cacheprovider"),
+        *("-k", "N512 and (student-both or map)", f"--benchmark-json={target}"),
+    )
+    rows = {row["name"]: row for row in json.loads(target.read_text())["benchmarks"]}
+    assert set(rows) == {"test_attention[N512-student-both]", "test_map[N512]"}
+    for row in rows.values():
+        assert row["stats"]["rounds"] >= 5
+        assert row["extra_info"]["over_baseline"] > 0
+        assert row["extra_info"]["baseline"].startswith("plain[")
+    assert rows["test_attention[N512-student-both]"]["extra_info"]["saved_bytes"] > 2**20
+
+
+# Memory
+
+
+def test_peak_of_a_process_of_its_own():
+    peaks = memory.in_child(peaks_of_sizes, [2**25, 2**20, 2**25])
+    for peak, size in zip(peaks, (2**25, 2**20, 2**25)):
+        # What was freed before hides nothing.
+        assert size <= peak + 2**16 <= size + 2**19
+
+
+def peaks_of_sizes(sizes):
+    peaks = []
+    for size in (2**16, *sizes):
+        peaks.append(memory.peak_bytes(lambda s=size: torch.ones(s, dtype=torch.int8), "cpu"))
+    return peaks[1:]
+
+
+def test_a_limit_is_an_error_in_the_child_only():
+    with pytest.raises(RuntimeError, match="allocate memory") as error:
+        memory.in_child(ones, 2**31, limit=2**30)
+    assert memory.out_of_memory(error.value)
+    assert memory.in_child(ones, 2**20, limit=2**30) == 2**20
+    assert not memory.out_of_memory(RuntimeError("shapes do not match"))
+
+
+def ones(size):
+    return int(torch.ones(size, dtype=torch.int8).sum(dtype=torch.int64))
+
+
+def test_saved_bytes_count_each_storage_once():
+    x = torch.randn(100, 100, requires_grad=True)
+    assert memory.saved_bytes(lambda: (x * x).exp()) == 2 * x.nbytes  # x, and what exp returns
+    assert memory.saved_bytes(lambda: x + x) == 0
+
+
+# Result files
+
+
+def test_a_result_says_what_was_run_but_not_where_it_went():
+    report = result_files.start("kernels", "cpu", "benchmarks.x", ["--a", "1", "--output", "/y"])
+    assert report["command"] == "python -m benchmarks.x --a 1"
+    assert report["theme"] == "kernels"
+    assert "/y" not in json.dumps(report)
+    with pytest.raises(ValueError, match='better: expected "less" or "more"; got .fast'):
+        result_files.headline(1.0, "x", "fast")
+
+
+def test_layouts_of_both_schedulers_are_the_same(tmp_path):
+    bench_layout.main(["--rounds", "3", "--output", str(tmp_path)])
+    [path] = tmp_path.glob("layout_cpu_*.json")
+    found = json.loads(path.read_text())
+    assert len(found["rows"]) == 7
+    for row in found["rows"]:
+        assert row["python"] > 0
+        assert row["cpp"] is None or row["python_over_cpp"] == row["python"] / row["cpp"]
+    assert "from_packed" in path.with_suffix(".md").read_text()
 
 
 # Launch settings
@@ -258,9 +393,27 @@ def test_session_steps_fit_into_their_limits():
     assert [step.name for step in steps][:2] == ["suite", "gpu_tests"]
 
 
+@pytest.mark.parametrize("name, minutes", [("cpu", 40), ("gpu", 10)])
+def test_the_sets_fit_into_their_time(name, minutes, capsys):
+    steps = benchmarks_main.parse([name]).steps
+    assert sum(step.minutes for step in steps) <= minutes
+    assert max(step.minutes for step in steps) <= 10
+    assert benchmarks_main.main([name, "--dry-run", "--only", "scaling"]) == 0
+    assert "benchmarks.bench_scaling" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        benchmarks_main.parse([name, "--only", "nothing"])
+    assert "got 'nothing'" in capsys.readouterr().err
+
+
+def test_the_gpu_set_is_refused_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="expected a CUDA device"):
+        benchmarks_main.main(["gpu"])
+
+
 def test_a_session_goes_on_after_failures_and_limits(tmp_path, monkeypatch):
     def python(name, code, minutes=1.0):
-        return gpu_session.Step(name, [sys.executable, "-c", code], minutes)
+        return Step(name, [sys.executable, "-c", code], minutes)
 
     child = (
         "import subprocess, sys\n"
