@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,16 @@ def _check(path: Path, report: dict[str, Any]) -> None:
     for field, kind in HEAD.items():
         got = report.get(field)
         expect(isinstance(got, kind), field, f"a JSON value of Python's type {kind.__name__}", got)
-    device = report["environment"].get("device")
+    date = report["date"]
+    expect(re.fullmatch(r"\d{4}-\d\d-\d\d", date) is not None, "date", "YYYY-MM-DD", date)
+    device, versions = (report["environment"].get(key) for key in ("device", "versions"))
     expect(isinstance(device, str), "environment.device", "a name", device)
+    expect(isinstance(versions, dict | None), "environment.versions", "name: version", versions)
     for name, entry in report["headline"].items():
         where = f"headline[{name!r}]"
         expect(isinstance(entry, dict), where, "value, unit and better", entry)
         value, unit, better = (entry.get(key) for key in ("value", "unit", "better"))
-        number = isinstance(value, (int, float)) and math.isfinite(value)
+        number = type(value) in (int, float) and math.isfinite(value)
         expect(value is None or number, f"{where}.value", "a finite number or null", value)
         expect(isinstance(unit, str), f"{where}.unit", "text", unit)
         expect(better in ("less", "more"), f"{where}.better", '"less" or "more"', better)

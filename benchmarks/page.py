@@ -52,7 +52,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 caption { text-align: left; padding: .25rem 0; font-weight: 600; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .9rem .3rem 0; text-align: left;
   vertical-align: top; } thead th { background: var(--soft); white-space: nowrap; }
-td { white-space: nowrap; } tbody th { font-weight: 500; min-width: 9rem; }
+td { white-space: nowrap; } tbody th { font-weight: 500; min-width: 8rem; }
 td.number, th.number { text-align: right; } svg { display: block; color: var(--link); }
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; }
 code { font-size: .85rem; background: var(--soft); }
@@ -116,7 +116,7 @@ def _section(anchor: str, name: str, runs: list[Result]) -> str:
     ]
     if newest.environment.get("interpreter"):
         parts.append(
-            '<p class="caveat">Triton ran in its interpreter: the times say nothing about a GPU.</p>'
+            '<p class="caveat">Triton ran in its interpreter: no time here is that of a GPU.</p>'
         )
     if len(runs) > 1 and (lines := differences(runs[-2], newest)):
         items = "".join(f"<li>{text(line)}</li>" for line in lines)
@@ -125,7 +125,9 @@ def _section(anchor: str, name: str, runs: list[Result]) -> str:
             f"<ul>{items}</ul></div>"
         )
     parts.append(_numbers(name, runs))
-    parts += ["<h3>How it was measured</h3>", *map(_run, reversed(runs))]
+    parts.append("<h3>How it was measured</h3>")
+    before = [None, *runs]
+    parts += [_run(run, old, run is newest) for run, old in reversed(list(zip(runs, before)))]
     return "\n".join(parts) + "\n</section>"
 
 
@@ -135,13 +137,13 @@ def _numbers(name: str, runs: list[Result]) -> str:
     names = list(dict.fromkeys(n for run in (newest, *older) for n in run.headline))
     if not names:
         return "<p>These files have no headline numbers.</p>"
-    heads = [("number", ""), ("unit", ""), (newest.date, "number")]
+    heads = [("what", ""), (newest.date, "number"), ("unit", "")]
     heads += [("change", ""), ("trend", "")] if older else []
     heads += [(run.date, "number") for run in older]
     rows = []
     for row in names:
         entry = next(run.headline[row] for run in (newest, *older) if row in run.headline)
-        cells = [f"<td>{text(entry['unit'])}, {BETTER[entry['better']]}</td>", _cell(newest, row)]
+        cells = [_cell(newest, row), f"<td>{text(entry['unit'])}, {BETTER[entry['better']]}</td>"]
         if older:
             changed = (
                 change(older[0], newest, row) if row in newest.headline else "not measured in both"
@@ -200,9 +202,8 @@ def _trend(row: str, runs: list[Result]) -> str:
     )
 
 
-def _run(run: Result) -> str:
-    """Device, versions, command and files of one measurement; only the newest are unfolded by
-    who reads on."""
+def _run(run: Result, before: Result | None, unfolded: bool) -> str:
+    """Device, versions, command and files of one measurement, and what differs from the last."""
     environment = run.environment
     versions = environment.get("versions") or {}
     present = [f"{name} {version}" for name, version in sorted(versions.items()) if version]
@@ -215,8 +216,11 @@ def _run(run: Result) -> str:
         ("Command", f"<code>{text(run.report['command'])}</code>"),
         ("Files", ", ".join(f'<a href="{quote(f.name)}">{text(f.name)}</a>' for f in run.beside())),
     ]
+    if before and (lines := differences(before, run)):
+        entries.append((f"Changed since {text(before.date)}", text("; ".join(lines))))
     listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in entries)
-    return f"<details><summary>{text(run.date)}</summary><dl>{listed}</dl></details>"
+    state = " open" if unfolded else ""
+    return f"<details{state}><summary>{text(run.date)}</summary><dl>{listed}</dl></details>"
 
 
 def markdown(results: Sequence[Result], left_out: Sequence[str]) -> str:
@@ -230,15 +234,15 @@ def markdown(results: Sequence[Result], left_out: Sequence[str]) -> str:
         newest = runs[-1]
         parts.append(f"## {_plain(theme)}, {_plain(device)}")
         rows = [
-            [_plain(name), shown(entry["value"]), _plain(entry["unit"]), BETTER[entry["better"]]]
+            [_plain(name), shown(entry["value"]), _plain(entry["unit"]), entry["better"]]
             for name, entry in newest.headline.items()
         ]
         if rows:
-            parts.append(table(["number", newest.date, "unit", ""], rows))
+            parts.append(table(["what", newest.date, "unit", "better"], rows))
         else:
             parts.append("No headline numbers.")
         files = ", ".join(f"[{_plain(f.name)}]({quote(f.name)})" for f in newest.beside())
-        command = newest.report["command"].replace("`", "'")
+        command = " ".join(newest.report["command"].split()).replace("`", "'")
         parts.append(
             f"{newest.date}, {_plain(machine(newest.environment))}. `{command}`. Files: {files}."
         )
@@ -250,7 +254,7 @@ def markdown(results: Sequence[Result], left_out: Sequence[str]) -> str:
 def _plain(value: str) -> str:
     """Text that is nothing but text in Markdown, in a table's cell too."""
     escaped = html.escape(" ".join(value.split()), quote=False)
-    for character in "\\|[]*<>":
+    for character in "\\|[]*`":
         escaped = escaped.replace(character, f"\\{character}")
     return escaped
 

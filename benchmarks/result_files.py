@@ -88,8 +88,13 @@ def device_name(device: str) -> str:
 
 def result_path(theme: str, device: str, folder: Path) -> Path:
     """<folder>/<theme>_<device>_<yyyymm>.json"""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return folder / f"{theme}_{slug}_{datetime.date.today():%Y%m}.json"
+    return folder / file_name(theme, device_name(device), datetime.date.today())
+
+
+def file_name(theme: str, device: str, date: datetime.date) -> str:
+    """Name of a result file, of a device given as device_name says it."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return f"{theme}_{slug}_{date:%Y%m}.json"
 
 
 def write_json(path: Path, report: Any) -> None:
@@ -114,13 +119,15 @@ def described(report: dict[str, Any]) -> str:
     environment = report["environment"]
     versions = environment["versions"]
     present = ", ".join(f"{k} {v}" for k, v in versions.items() if v)
-    missing = ", ".join(k for k, v in versions.items() if not v) or "none"
+    missing = ", ".join(k for k, v in versions.items() if not v)
     device = environment["device"]
     if device == "cpu":
-        device = f"{environment['processor']}, {environment['threads']} threads"
-    text = f"{report['date']}. Device: {device}. Python {environment['python']}, {present}. "
-    text += f"Not installed: {missing}.\n\nCommand: `{report['command']}`"
-    if environment["interpreter"]:
+        processor_name = environment.get("processor") or "CPU (model not recorded)"
+        device = f"{processor_name}, {environment['threads']} threads"
+    text = f"{report['date']}. Device: {device}. Python {environment['python']}, {present}."
+    text += f" Not installed: {missing}." if missing else ""
+    text += f"\n\nCommand: `{report['command']}`"
+    if environment.get("interpreter"):
         text += "\n\n**Triton ran in its interpreter: the times say nothing about a GPU.**"
     return text
 

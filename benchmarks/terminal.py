@@ -1,6 +1,6 @@
 """A table and a plot of benchmark results in the terminal, with rich and plotext.
 
-In a terminal with UTF-8 in colour (unless NO_COLOR is set); piped, or without UTF-8, in plain ASCII.
+In a terminal with UTF-8 in colour (unless NO_COLOR is set); piped, or without UTF-8, plain ASCII.
 Where a package is missing, one line says what to install.
 """
 
@@ -145,7 +145,7 @@ def ticks(values: Sequence[float], log: bool) -> list[float]:
             found = [s * 10.0**e for e in powers for s in steps if low <= s * 10.0**e <= high]
             if len(found) <= MOST_TICKS:
                 break
-        found = found[:: 1 + (len(found) - 1) // MOST_TICKS]
+        found = found[:: math.ceil(len(found) / MOST_TICKS) or 1]
     elif high > low:
         step = 10.0 ** math.floor(math.log10(high - low))
         step *= next(f for f in (0.2, 0.5, 1, 2) if (high - low) / (f * step) < MOST_TICKS)
