@@ -37,7 +37,7 @@ from benchmarks.result_files import (
 )
 
 VARIANTS = ("kd", "dft", "eager")
-NOT_SIZES = ("output", "variant", "preset")
+NOT_SIZES = ("output", "variant", "preset", "budget_minutes")
 
 
 def models(options):
@@ -211,6 +211,7 @@ def parse(argv=None):
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--budget-minutes", type=float, default=9.0, help="no round begins later")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--preset", help="paper or tiny, with options of its own: preset_step.py")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -338,7 +339,10 @@ def main():
     report["environment"]["threads"] = options.threads
     path = result_path("train_step", options.device, options.output)
     runs = {variant: [] for variant in VARIANTS}
+    until = time.monotonic() + 60 * options.budget_minutes
     for done in range(1, options.rounds + 1):
+        if done > 1 and time.monotonic() > until:
+            break
         for variant in VARIANTS:
             runs[variant].append(measure(variant, arguments))
             seconds = runs[variant][-1]["seconds"]

@@ -16,7 +16,7 @@ from typing import Any
 # What must be equal for two files of one device to be of one machine.
 MACHINE = ("device", "processor", "cores", "multiprocessors", "memory_gib", "capability")
 # What may change a number on the same machine.
-SETTING = ("threads", "python", "cuda", "cudnn", "interpreter")
+SETTING = ("threads", "instruction_set", "python", "cuda", "cudnn", "interpreter")
 HEAD = {"theme": str, "command": str, "date": str, "environment": dict, "headline": dict}
 NOT_RECORDED = "not recorded"
 

@@ -143,7 +143,8 @@ def _numbers(name: str, runs: list[Result]) -> str:
     rows = []
     for row in names:
         entry = next(run.headline[row] for run in (newest, *older) if row in run.headline)
-        cells = [_cell(newest, row), f"<td>{text(entry['unit'])}, {BETTER[entry['better']]}</td>"]
+        unit = ", ".join(filter(None, (entry["unit"], BETTER[entry["better"]])))
+        cells = [_cell(newest, row), f"<td>{text(unit)}</td>"]
         if older:
             changed = (
                 change(older[0], newest, row) if row in newest.headline else "not measured in both"

@@ -32,7 +32,7 @@ VARIANTS = {
     "dft": "+ alignment, cdfast `{ran_on}`",
     "eager": "+ alignment, eager attention, every map materialised",
 }
-SHAPE = ("heads", "kv_heads", "head_dim", "dtype")
+KIND = ("heads", "kv_heads", "head_dim", "dtype", "layout", "objective")
 
 
 def versions(result: Result, *names: str) -> str:
@@ -96,9 +96,9 @@ def miniature_table(result: Result) -> str:
 
 
 def kernels_table(result: Result) -> str:
-    """The main ratios of bench_kernels: the cases that have the shape of the first one."""
+    """The main ratios of bench_kernels: the cases of the first one's kind."""
     measured = [case for case in result.report["cases"] if "failed" not in case]
-    main = [case for case in measured if all(case[k] == measured[0][k] for k in SHAPE)]
+    main = [case for case in measured if all(case.get(k) == measured[0].get(k) for k in KIND)]
     rows = []
     for case in main:
         ratios = case["ratios"]

@@ -119,15 +119,13 @@ def described(report: dict[str, Any]) -> str:
     environment = report["environment"]
     versions = environment["versions"]
     present = ", ".join(f"{k} {v}" for k, v in versions.items() if v)
-    missing = ", ".join(k for k, v in versions.items() if not v)
+    missing = ", ".join(k for k, v in versions.items() if not v) or "none"
     device = environment["device"]
     if device == "cpu":
-        processor_name = environment.get("processor") or "CPU (model not recorded)"
-        device = f"{processor_name}, {environment['threads']} threads"
-    text = f"{report['date']}. Device: {device}. Python {environment['python']}, {present}."
-    text += f" Not installed: {missing}." if missing else ""
-    text += f"\n\nCommand: `{report['command']}`"
-    if environment.get("interpreter"):
+        device = f"{environment['processor']}, {environment['threads']} threads"
+    text = f"{report['date']}. Device: {device}. Python {environment['python']}, {present}. "
+    text += f"Not installed: {missing}.\n\nCommand: `{report['command']}`"
+    if environment["interpreter"]:
         text += "\n\n**Triton ran in its interpreter: the times say nothing about a GPU.**"
     return text
 

@@ -29,7 +29,8 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     Args:
         title: above it.
         columns: heads of the columns; the first is of text, the others of numbers.
-        rows: cells, one per column; None is "not measured".
+        rows: cells, one per column; None is "not measured". Where the table is too wide for whole
+            words but would not be with rows as columns, it is printed so.
     """
     try:
         from rich import box
@@ -40,22 +41,39 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         print(f"{title}: no table in the terminal, rich is not installed: {INSTALL}")
         return
     plain = _plain()
+    width = _size()[0]
+    lines = [[_encodable(_cell(cell)) for cell in line] for line in (columns, *rows)]
+    turned = [list(line) for line in zip(*lines)]
+    if _least_width(lines) > width >= _least_width(turned):
+        lines = turned
+    whole = _least_width(lines) <= width
     console = Console(
-        file=sys.stdout, width=_size()[0], no_color=plain or None, highlight=False, emoji=False
+        file=sys.stdout, width=width, no_color=plain or None, highlight=False, emoji=False
     )
-    found = Table(
-        title=Text(_encodable(title)),
-        title_justify="left",
-        box=box.ASCII if plain else box.SIMPLE_HEAD,
-        title_style="" if plain else "bold",
-    )
-    for i, column in enumerate(columns):
-        justify = "left" if i == 0 else "right"
-        found.add_column(Text(_encodable(column)), justify=justify, overflow="fold")
-    for row in rows:
-        cells = ("not measured" if cell is None else str(cell) for cell in row)
-        found.add_row(*(Text(_encodable(cell)) for cell in cells))
-    console.print(found)
+    found = Table(box=box.ASCII if plain else box.SIMPLE_HEAD)
+    for i, cells in enumerate(zip(*lines)):
+        found.add_column(
+            Text(cells[0]),
+            justify="left" if i == 0 else "right",
+            overflow="fold",
+            min_width=_longest_word(cells) if whole else None,
+        )
+    for line in lines[1:]:
+        found.add_row(*map(Text, line))
+    console.print(Text(_encodable(title), style="bold"), found, sep="\n")
+
+
+def _cell(value: Any) -> str:
+    return "not measured" if value is None else str(value)
+
+
+def _longest_word(cells: Sequence[str]) -> int:
+    return max(len(word) for cell in cells for word in (cell.split() or [""]))
+
+
+def _least_width(lines: Sequence[Sequence[str]]) -> int:
+    """Columns of a terminal that a table needs, frame included, so that no word is broken."""
+    return 1 + sum(3 + _longest_word(column) for column in zip(*lines))
 
 
 def plot(

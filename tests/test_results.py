@@ -3,16 +3,15 @@
 import builtins
 import html.parser
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import bench_train_step, history, page, readme, terminal
+from benchmarks.bench_train_step import VARIANTS
 from benchmarks.result_files import headline
 
-ROOT = Path(__file__).parents[1]
 H100 = "NVIDIA H100 80GB HBM3"
 RATIO = "student over plain"
 
@@ -87,10 +86,8 @@ def parsed(folder):
 
 
 def test_committed_tables_and_pages_are_those_of_the_results():
-    for module in ("readme", "page"):
-        command = [sys.executable, "-m", f"benchmarks.{module}", "--check"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+    assert readme.main(["--check"]) == 0
+    assert page.main(["--check"]) == 0
     assert "CompoDistill: KD + VAT + TAF" in readme.README.read_text()
 
 
@@ -262,11 +259,12 @@ def kernels_report(path):
         "eager_over_student": 8.0,
         "extra_memory_over_eagers_extra": None,
     }
-    shape = {"heads": 16, "kv_heads": 16, "head_dim": 128, "dtype": "bf16"}
+    shape = {"heads": 16, "kv_heads": 16, "head_dim": 128, "dtype": "bf16", "layout": "causal"}
     cases = [
         {**shape, "name": "1x4096", "ratios": ratios},
         {**shape, "name": "1x8192", "failed": "out of memory"},
         {**shape, "head_dim": 64, "name": "d 64", "ratios": ratios},
+        {**shape, "layout": "packed", "name": "packed", "ratios": ratios},
     ]
     report = json.loads(path.read_text()) | {"cases": cases, "not_measured": ["1x16384"]}
     path.write_text(json.dumps(report))
@@ -282,7 +280,7 @@ def test_the_readme_has_the_newest_kernels_of_every_device(tmp_path):
     assert text.index(f"{H100}, torch 2.13.0, 2026-11-22. `python -m") < text.index("CPU (Xeon)")
     assert text.count("| 1x4096 | 1.23 | 8.00 | not measured | 0.90 (`sdpa_flash`) |") == 2
     assert "d 64 |" not in text
-    assert "3 other cases: [benchmarks/results](benchmarks/results/kernels_cpu_202611.md)" in text
+    assert "4 other cases: [benchmarks/results](benchmarks/results/kernels_cpu_202611.md)" in text
 
 
 def test_kernels_of_a_run_without_cases(tmp_path):
@@ -341,7 +339,7 @@ def test_a_comparison_is_taken_with_a_headline(tmp_path):
 def steps(monkeypatch, tmp_path):
     """bench_train_step with processes that answer at once: `steps(losses)` runs it."""
 
-    def main(**losses):
+    def main(*extra, **losses):
         seconds = {"kd": 1.0, "dft": 1.1, "eager": 3.0}
         calls = []
 
@@ -354,7 +352,7 @@ def steps(monkeypatch, tmp_path):
 
         monkeypatch.setattr(bench_train_step, "measure", measure)
         monkeypatch.setattr(bench_train_step, "ran_on", lambda options: "cpu")
-        arguments = ["--rounds", "2", "--threads", "1", "--output", str(tmp_path)]
+        arguments = ["--rounds", "2", "--threads", "1", "--output", str(tmp_path), *extra]
         monkeypatch.setattr(sys, "argv", ["bench_train_step", *arguments])
         bench_train_step.main()
         return calls
@@ -375,10 +373,35 @@ def test_the_steps_results_have_the_common_head(steps, tmp_path):
     assert "+ alignment, cdfast `cpu`" in readme.block("results", [result])
 
 
+def test_one_round_is_run_whatever_the_budget(steps, tmp_path):
+    assert steps("--budget-minutes", "0") == ["kd", "dft", "eager"]
+    [result], _ = history.load(tmp_path)
+    assert result.report["rounds_done"] == 1
+
+
 def test_other_losses_end_the_run_before_anything_is_written(steps, tmp_path):
     with pytest.raises(SystemExit, match="losses differ: dft"):
         steps(dft=[2.0, 1.0, 0.6])
     assert list(tmp_path.iterdir()) == []
+
+
+TINY = ["--width", "64", "--heads", "2", "--tokens", "140", "--visual-tokens", "49"]
+TINY += ["--vocabulary", "128", "--steps", "2", "--threads", "1"]
+
+
+def test_a_step_runs_in_a_process_of_its_own():
+    row = bench_train_step.measure("kd", TINY)
+    assert row["variant"] == "kd"
+    assert row["seconds"] > 0
+    assert row["peak_bytes"] > row["peak_bytes_of_step"] >= 0
+    assert len(row["losses"]) == 2
+
+
+def test_the_fused_step_has_the_losses_of_the_eager_one(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    rows = {v: bench_train_step.run_variant(v, bench_train_step.parse(TINY)) for v in VARIANTS}
+    bench_train_step.check_losses(rows)
+    assert rows["eager"]["losses"][2] > 1e-6
 
 
 # In the terminal
@@ -407,6 +430,18 @@ def test_piped_output_is_plain_and_80_columns_wide(capsys, monkeypatch):
     assert lines.index(points[0]) < next(
         i for i, line in enumerate(lines) if line.rstrip().endswith("x|")
     )
+
+
+def test_a_table_too_wide_is_turned_and_no_word_is_broken(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    columns = ["tokens", *(f"{name}, with alignment" for name in "abcdef")]
+    terminal.show("Times", columns, [[512, *"123456"], [1024, *"123456"]])
+    found = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    cells = [[cell.strip() for cell in line] for line in found]
+    assert cells[0] == ["tokens", "512", "1024"]
+    assert cells[-1] == ["f, with alignment", "6", "6"]
+    terminal.show("Times", columns[:3], [[512, 1, 2]])
+    assert "with alignment" in capsys.readouterr().out.splitlines()[2]
 
 
 def test_a_terminal_has_colour_unless_refused(capsys, monkeypatch):
