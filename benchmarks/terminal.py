@@ -48,7 +48,11 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         lines = turned
     whole = _least_width(lines) <= width
     console = Console(
-        file=sys.stdout, width=width, no_color=plain or None, highlight=False, emoji=False
+        file=sys.stdout,
+        width=width,
+        force_terminal=False if plain else None,  # whatever FORCE_COLOR says
+        highlight=False,
+        emoji=False,
     )
     found = Table(box=box.ASCII if plain else box.SIMPLE_HEAD)
     for i, cells in enumerate(zip(*lines)):
