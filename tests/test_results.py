@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_train_step, history, page, readme, terminal
+from benchmarks import bench_train_step, history, page, preset_step, readme, terminal
 from benchmarks.bench_train_step import VARIANTS
 from benchmarks.result_files import headline
 
@@ -383,6 +383,13 @@ def test_other_losses_end_the_run_before_anything_is_written(steps, tmp_path):
     with pytest.raises(SystemExit, match="losses differ: dft"):
         steps(dft=[2.0, 1.0, 0.6])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_presets_headline_is_what_is_aimed_at():
+    found = preset_step.headlines(preset_step.measured_goals({"steps": {}}))
+    assert list(found) == list(preset_step.GOALS)
+    assert [entry["better"] for entry in found.values()] == ["less", "more", "more", "more"]
+    assert {entry["value"] for entry in found.values()} == {None}
 
 
 TINY = ["--width", "64", "--heads", "2", "--tokens", "140", "--visual-tokens", "49"]
