@@ -1,4 +1,4 @@
-"""Time and peak memory of one distillation step: python benchmarks/bench_train_step.py
+"""Time and peak memory of one distillation step: python -m benchmarks.bench_train_step
 
 One step is the teacher's forward, the student's forward and backward, and AdamW. Variants, in turn
 in every round, each in a process of its own (peak memory is per process):
@@ -8,8 +8,9 @@ in every round, each in a process of its own (peak memory is per process):
     eager      the same losses the way the paper's authors train: eager attention in both models,
                every layer's attention map materialised, cosine on maps
 
-The alignment losses of `dft` and `eager` are compared before anything is reported. Models have
-random weights; see --help for sizes. Results are medians over rounds; ratios are to `kd`.
+The losses of `dft` and `eager` are compared before anything is reported. Models have random
+weights; see --help for sizes. Results are medians over rounds; ratios are to `kd`. They are written
+after every round: stop it at any time.
 
 `python -m benchmarks.bench_train_step --preset paper` measures the models of the paper on a GPU:
 preset_step.py.
@@ -17,7 +18,6 @@ preset_step.py.
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,7 +25,11 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import step_report
+from benchmarks.result_files import RESULTS, result_path, start
+
 VARIANTS = ("kd", "dft", "eager")
+NOT_SIZES = ("output", "variant", "preset", "budget_minutes")
 
 
 def models(options):
@@ -183,7 +187,9 @@ def run_variant(variant, options):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_train_step", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4, help="student layers")
@@ -197,7 +203,8 @@ def parse(argv=None):
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--json", type=Path, help="write results here")
+    parser.add_argument("--budget-minutes", type=float, default=9.0, help="no round begins later")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--preset", help="paper or tiny, with options of its own: preset_step.py")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -213,32 +220,17 @@ def ran_on(options):
     return own if available_backends()[own] is None else "reference"
 
 
-def main():
-    if any(argument.startswith("--preset") for argument in sys.argv[1:]):
-        from benchmarks import preset_step
+def measure(variant, arguments):
+    """What run_variant returns, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.bench_train_step", *arguments]
+    done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{variant} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
-        sys.exit(preset_step.main(sys.argv[1:]))
-    options = parse()
-    if options.variant:
-        print(json.dumps(run_variant(options.variant, options)))
-        return
-    runs = {variant: [] for variant in VARIANTS}
-    for number in range(options.rounds):
-        for variant in VARIANTS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                sys.exit(f"{variant} failed:\n{done.stderr}")
-            result = json.loads(done.stdout.splitlines()[-1])
-            runs[variant].append(result)
-            print(f"round {number + 1}: {variant} {result['seconds']:.2f} s", file=sys.stderr)
-    for ours, theirs in zip(runs["dft"][0]["losses"], runs["eager"][0]["losses"]):
-        if abs(ours - theirs) > 1e-4 * abs(theirs):
-            sys.exit(f"losses differ: {runs['dft'][0]['losses']}, {runs['eager'][0]['losses']}")
 
-    import torch
-    import transformers
-
+def summary(runs):
+    """A row per variant: medians over rounds, and medians of the ratios to `kd` in each round."""
     rows = []
     for variant in VARIANTS:
         row = {"variant": variant}
@@ -248,27 +240,50 @@ def main():
             row[name] = statistics.median(values)
             row[f"{name}_over_kd"] = statistics.median(v / b for v, b in zip(values, base))
         rows.append(row)
-    sizes = {k: v for k, v in vars(options).items() if k not in ("json", "variant")}
+    return rows
+
+
+def check_losses(first):
+    """Ends the run where `dft` and `eager` do not compute the same losses."""
+    ours, theirs = first["dft"]["losses"], first["eager"]["losses"]
+    if any(abs(a - b) > 1e-4 * abs(b) for a, b in zip(ours, theirs)):
+        sys.exit(f"losses differ: dft {ours}, eager {theirs}. Nothing was written.")
+
+
+def main():
+    arguments = sys.argv[1:]
+    if any(argument.startswith("--preset") for argument in arguments):
+        from benchmarks import preset_step
+
+        sys.exit(preset_step.main(arguments))
+    options = parse()
+    if options.variant:
+        print(json.dumps(run_variant(options.variant, options)))
+        return
     report = {
-        "command": " ".join(["python benchmarks/bench_train_step.py", *sys.argv[1:]]),
+        **start("train_step", options.device, "benchmarks.bench_train_step", arguments),
         "ran_on": ran_on(options),
-        "sizes": sizes,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": rows,
-        "losses": {variant: runs[variant][0]["losses"] for variant in VARIANTS},
+        "sizes": {k: v for k, v in vars(options).items() if k not in NOT_SIZES},
     }
-    print("| variant | s/step | over kd | peak GiB | step's own GiB | over kd |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['variant']} | {row['seconds']:.2f} | {row['seconds_over_kd']:.2f} "
-            f"| {row['peak_bytes'] / 2**30:.2f} | {row['peak_bytes_of_step'] / 2**30:.2f} "
-            f"| {row['peak_bytes_of_step_over_kd']:.2f} |"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    # The steps run in processes of their own, with this many.
+    report["environment"]["threads"] = options.threads
+    path = result_path("train_step", options.device, options.output)
+    runs = {variant: [] for variant in VARIANTS}
+    until = time.monotonic() + 60 * options.budget_minutes
+    for done in range(1, options.rounds + 1):
+        if done > 1 and time.monotonic() > until:
+            break
+        for variant in VARIANTS:
+            runs[variant].append(measure(variant, arguments))
+            seconds = runs[variant][-1]["seconds"]
+            print(f"round {done}: {variant} {seconds:.2f} s", file=sys.stderr)
+        if done == 1:
+            check_losses({variant: runs[variant][0] for variant in VARIANTS})
+        rows = summary(runs)
+        report |= {"rounds_done": done, "headline": step_report.headlines(rows), "rows": rows}
+        report["losses"] = {variant: runs[variant][0]["losses"] for variant in VARIANTS}
+        step_report.write(path, report)
+    print(f"{path.with_suffix('.md').read_text()}\nwritten: {path}, .md and .png")
 
 
 if __name__ == "__main__":

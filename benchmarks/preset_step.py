@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.bench_train_step import VARIANTS, eager_losses
 from benchmarks.memory import out_of_memory
-from benchmarks.result_files import RESULTS, result_path, start, write_json
+from benchmarks.result_files import RESULTS, headline, result_path, start, write_json
 
 # What is aimed at, on a GPU; results stand in a column of their own.
 GOALS = {
@@ -342,6 +342,14 @@ def measured_goals(report: dict[str, Any]) -> dict[str, float | None]:
     return dict(zip(GOALS, found))
 
 
+def headlines(measured: dict[str, float | None]) -> dict[str, dict[str, Any]]:
+    """The ratios that are aimed at, to follow over months."""
+    return {
+        what: headline(value, "x", "less" if GOALS[what].startswith("<") else "more")
+        for what, value in measured.items()
+    }
+
+
 def markdown(report: dict[str, Any]) -> str:
     def cell(value: Any, digits: int = 3) -> str:
         return "not measured" if value is None else f"{value:,.{digits}f}"
@@ -430,6 +438,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def write() -> None:
         report["measured"] = measured_goals(report)
+        report["headline"] = headlines(report["measured"])
         report["minutes"] = round((time.monotonic() - begin) / 60, 2)
         write_json(path, report)
         path.with_suffix(".md").write_text(markdown(report))

@@ -93,8 +93,13 @@ def device_name(device: str) -> str:
 
 def result_path(theme: str, device: str, folder: Path) -> Path:
     """<folder>/<theme>_<device>_<yyyymm>.json"""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return folder / f"{theme}_{slug}_{datetime.date.today():%Y%m}.json"
+    return folder / file_name(theme, device_name(device), datetime.date.today())
+
+
+def file_name(theme: str, device: str, date: datetime.date) -> str:
+    """Name of a result file, of a device given as device_name says it."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return f"{theme}_{slug}_{date:%Y%m}.json"
 
 
 def write_json(path: Path, report: Any) -> None:
