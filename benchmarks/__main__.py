@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_kernels, terminal
-from benchmarks.result_files import NOT_MEASURED, result_path
+from benchmarks.result_files import NOT_MEASURED, is_busy, result_path
 from benchmarks.steps import ROOT, Step, benchmark, run_all, shown
 
 OUTPUT = ROOT / "runs" / "benchmarks"
@@ -58,6 +58,8 @@ def quick(output: Path) -> int:
     cases = [case for case in found["cases"] if "failed" not in case]
     if not cases:
         sys.exit(f"nothing was measured: {path} says why")
+    if is_busy(found["environment"]):
+        print("the machine was busy when this began: trust the ratios more than the times")
     show(cases)
     png = path.with_suffix(".png")
     print(f"tables: {shown(path.with_suffix('.md'))}, plot: {shown(png)}")

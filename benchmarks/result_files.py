@@ -23,6 +23,7 @@ from cdfast_kernels import native
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("cdfast", "torch", "triton", "numpy", "transformers", "trl", "flash-attn", "xformers")
 NOT_MEASURED = "not measured"
+BUSY_SHARE = 0.5  # of the cores
 
 
 def start(theme: str, device: str, module: str, arguments: list[str]) -> dict[str, Any]:
@@ -73,6 +74,8 @@ def environment(device: str) -> dict[str, Any]:
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
         "threads": torch.get_num_threads(),
         "processor": processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "instruction_set": native.EXTENSION.isa() if native.EXTENSION else None,
     }
     if device.startswith("cuda"):
@@ -119,6 +122,12 @@ def processor() -> str:
     return platform.processor()
 
 
+def is_busy(environment: dict[str, Any]) -> bool:
+    """Whether others computed on the machine when the benchmark began."""
+    load, cores = environment.get("load"), environment.get("cores")
+    return bool(load and cores and load > BUSY_SHARE * cores)
+
+
 def described(report: dict[str, Any]) -> str:
     """Device, versions and command of a report, as Markdown."""
     environment = report["environment"]
@@ -130,6 +139,9 @@ def described(report: dict[str, Any]) -> str:
         threads, instructions = environment["threads"], environment["instruction_set"]
         device = f"{environment['processor']}, {threads} thread{'s' * (threads > 1)}"
         device += f", backend cpu on {instructions}" if instructions else ", no backend cpu"
+    load, cores = environment.get("load"), environment.get("cores")
+    if is_busy(environment):
+        device += f". The machine was busy: load {load:.1f} on {cores} cores at the start"
     text = f"{report['date']}. Device: {device}. Python {environment['python']}, {present}. "
     text += f"Not installed: {missing}.\n\nCommand: `{report['command']}`"
     if environment["interpreter"]:

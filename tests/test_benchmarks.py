@@ -278,6 +278,13 @@ def test_a_result_says_what_was_run_but_not_where_it_went():
         result_files.headline(1.0, "x", "fast")
 
 
+@pytest.mark.parametrize("load, said", [(0.3, False), (1.9, True), (None, False)])
+def test_a_busy_machine_is_told(load, said):
+    report = result_files.start("kernels", "cpu", "benchmarks.x", [])
+    report["environment"] |= {"load": load, "cores": 2}
+    assert ("busy: load 1.9 on 2 cores" in result_files.described(report)) == said
+
+
 def test_layouts_of_both_schedulers_are_the_same(tmp_path):
     bench_layout.main(["--rounds", "3", "--output", str(tmp_path)])
     [path] = tmp_path.glob("layout_cpu_*.json")
