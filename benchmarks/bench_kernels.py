@@ -38,7 +38,7 @@ from cdfast_kernels import (
 from benchmarks import peers, report
 from benchmarks.cases import Case, Problem, cpu_cases, gpu_cases
 from benchmarks.measure import Clock, KernelClock, ceilings
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import out_of_memory, peak_bytes
 from benchmarks.result_files import RESULTS, result_path, start, write_json
 from tests.numerics import FLOOR, FORWARD, GRADIENT, assert_within_budget, max_error
 
@@ -101,7 +101,7 @@ def whole(problem: Problem, run: Callable[..., tuple]) -> tuple:
 
 
 def reason_of(error: Exception) -> str:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if out_of_memory(error):
         return "out of memory"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:300]

@@ -81,7 +81,10 @@ def in_child(
         concurrent.futures.process.BrokenProcessPool: the process was killed.
         Exception: whatever the function raised.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that imported what it needs (custom operators load torch._dynamo at
+    # their first call) and computed nothing: as good as new, in a tenth of the time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", function.__module__])
     with ProcessPoolExecutor(1, context, _prepare, (threads, limit)) as pool:
         return pool.submit(function, *arguments).result()
 
