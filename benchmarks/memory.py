@@ -20,6 +20,8 @@ import torch
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+SMALL_BYTES = 2**16  # larger allocations go back to the system when they are freed
 
 
 def peak_bytes(run: Callable[[], Any], device: str = "cuda") -> int | None:
@@ -91,6 +93,9 @@ def in_child(
 
 def _prepare(threads: int, limit: int | None) -> None:
     torch.set_num_threads(threads)
+    if STATUS.exists():
+        # glibc would keep freed tensors of up to 32 MiB, at some sizes and not at others.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_BYTES)
     if limit is not None:
         most = _status("VmData") + limit
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))

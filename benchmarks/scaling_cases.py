@@ -92,7 +92,13 @@ def axes(device: str, quick: bool) -> tuple[Axis, ...]:
     powers = [2**i for i in range(DOUBLINGS)]
     shares = VISUAL_SHARES[::2] if quick else VISUAL_SHARES
     return (
-        Axis("tokens", "N", "tokens", (0.4 if quick else 0.55), tuple(with_visual(256 * p, **shape) for p in powers)),
+        Axis(
+            "tokens",
+            "N",
+            "tokens",
+            (0.4 if quick else 0.55),
+            tuple(with_visual(256 * p, **shape) for p in powers),
+        ),
         Axis("layers", "L", "layers", 0.16, tuple(replace(base, layers=p) for p in powers)),
         Axis("batch", "B", "batch", 0.13, tuple(replace(base, batch=p) for p in powers)),
         Axis(
@@ -176,7 +182,7 @@ def eager(p: Layers, leaves: list[Tensor]) -> tuple:
     return p.forward(leaves, lambda q, k, v: peers.eager(q, k, v, p.eager))
 
 
-# In the order in which results are compared.
+# In the order of their cost.
 RUNS: dict[str, Callable[..., tuple]] = {"plain": plain, "student": student, "eager": eager}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 FEWEST = 3
+FARTHEST = 1000.0  # times the last measured size: beyond, a fit says nothing
 # Two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom; the last also stands for
 # more, which makes an interval a little wider than it has to be.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -25,8 +26,8 @@ def fit(sizes: Sequence[float], values: Sequence[float | None]) -> dict[str, Any
         values: None or 0 where nothing was measured.
 
     Returns:
-        exponent, standard_error, the bounds `low` and `high` of its 95% interval, log_scale (natural),
-        the number of points and the first and last size; None for fewer than 3 measured points.
+        exponent, standard_error, the bounds `low` and `high` of its 95% interval, log_scale, the
+        number of points, the first and last size; None for fewer than 3 measured points.
     """
     measured = [(s, v) for s, v in zip(sizes, values) if v]
     if len(measured) < FEWEST:
@@ -58,8 +59,9 @@ def value_at(fitted: dict[str, Any], size: float) -> float:
 
 
 def size_at(fitted: dict[str, Any], value: float) -> float | None:
-    """The size at which the fitted curve reaches a value; None where it does not grow."""
-    if fitted["exponent"] <= 0:
+    """The size at which the fitted curve reaches a value; None if it does so too far away."""
+    at_most = fitted["last"] * FARTHEST
+    if fitted["exponent"] <= 0 or value_at(fitted, at_most) < value:
         return None
     return math.exp((math.log(value) - fitted["log_scale"]) / fitted["exponent"])
 

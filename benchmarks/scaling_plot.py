@@ -28,7 +28,12 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(
-        2, len(drawn), figsize=(4.4 * len(drawn), 8), layout="constrained", squeeze=False
+        2,
+        len(drawn),
+        figsize=(4.4 * len(drawn), 8),
+        layout="constrained",
+        squeeze=False,
+        sharex="col",
     )
     for column, axis in zip(grid.T, drawn):
         for panel, (quantity, unit, label) in zip(column, ROWS):
@@ -43,7 +48,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     environment = report["environment"]
     device = environment["device"]
     if device == "cpu":
-        device = f"{environment['processor']}, {environment['threads']} threads"
+        device = f"{environment['processor']}, threads: {environment['threads']}"
     figure.suptitle(
         f"{device}\nfilled: measured; line: fitted over its range, with the 95% interval of the "
         "exponent; x: out of memory; hollow and dashed: extrapolated, not measured",
@@ -71,7 +76,7 @@ def _curves(panel: Any, axis: dict[str, Any], quantity: str, unit: float) -> Non
             )
         end = axis["ends"].get(name, {})
         if end.get("kind") == "memory":
-            label = f"{name}: out of memory at {axis['symbol']} = {compact(end['at'])}"
+            label = f"{name}: out of memory at {axis['symbol']} = {digits(end['at'])}"
             panel.axvline(end["at"], color=colour, ls=":", lw=1, label=label)
             # At the upper edge: there is no value there.
             top = panel.get_xaxis_transform()
@@ -86,28 +91,33 @@ def _limit(panel: Any, axis: dict[str, Any], limit: float) -> None:
         sizes = fitted["last"], beyond["size"]
         heights = [value_at(fitted, s) / ROWS[1][1] for s in sizes]
         panel.plot(sizes, heights, color=COLOURS["eager"], ls="--", lw=1)
-        label = f"eager, extrapolated: limit at {axis['symbol']} = {compact(beyond['size'])}"
+        label = f"eager, extrapolated: limit at {axis['symbol']} = {digits(beyond['size'])}"
         panel.plot(sizes[1], heights[1], "^", color=COLOURS["eager"], mfc="none", ms=9, label=label)
     if beyond["size"] or any(end["kind"] == "memory" for end in axis["ends"].values()):
         panel.axhline(limit, color="0.4", ls="-.", lw=1, label=f"limit, {limit / 1024:.3g} GiB")
 
 
 def _finish(panel: Any, axis: dict[str, Any]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     sizes = [point["size"] for point in axis["points"]]
     sizes += [end["at"] for end in axis["ends"].values() if end["kind"] == "memory"]
     sizes = sorted(set(sizes))
     panel.set(xscale="log", yscale="log")
     step = 1 if len(sizes) < 8 else 2
-    panel.set_xticks(sizes[::step], [compact(s) for s in sizes[::step]])
+    panel.set_xticks(sizes[::step], [digits(s) for s in sizes[::step]])
     panel.minorticks_off()
+    low, high = panel.get_ylim()
+    if high / low < 1000:
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     panel.grid(alpha=0.3)
     # Room for the legend above the curves.
-    low, high = panel.get_ylim()
     panel.set_ylim(low, high * (high / low) ** 0.45)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(fontsize=7.5, loc="upper left")
 
 
-def compact(size: float) -> str:
-    """A size for a tick: 729, 4k (4096), 15.5k."""
-    return f"{size:.0f}" if size < 1024 else f"{size / 1024:.3g}k"
+def digits(size: float) -> str:
+    """A size in digits, as in the tables."""
+    return f"{size:,.0f}"

@@ -39,10 +39,12 @@ def extrapolated(axis: dict[str, Any], limit: int) -> dict[str, Any] | None:
     if axis["bounded"] or end is None or end["kind"] not in ("time", "budget", "interrupted"):
         return None
     fitted = axis["fits"]["eager"]["memory"]
-    size = fitted and size_at(fitted, limit)
-    symbol = axis["symbol"]
-    if not size:
+    if not fitted:
         text = "not extrapolated: eager's memory was measured at fewer than 3 sizes"
+        return {"size": None, "text": text}
+    size, symbol = size_at(fitted, limit), axis["symbol"]
+    if not size:
+        text = "not extrapolated: eager's fitted memory is too far from the limit"
         return {"size": None, "text": text}
     text = f"extrapolated, not measured: eager's fitted memory, {symbol}^{fitted['exponent']:.2f}, "
     text += f"would pass the limit of {limit / 2**30:.3g} GiB at about {symbol} = {size:,.0f}"
