@@ -122,10 +122,12 @@ def end_before(
 ) -> dict | None:
     """Why a variant does not go on to a size, if so."""
     seconds, peak = forecast(axis, points, variant, size)
-    # One that runs out of memory does so on its way.
-    seconds *= min(1.0, session.memory_limit / max(peak, 1.0))
     at = f"{axis.symbol} = {axis.value(size)}"
-    cost = MEMORY_CALLS * seconds + (0 if session.cuda or not points else CHILD_SECONDS)
+    cost = MEMORY_CALLS * seconds
+    if peak > session.memory_limit:
+        # It runs out of memory on its way.
+        cost = seconds = seconds * session.memory_limit / peak
+    cost += 0 if session.cuda or not points else CHILD_SECONDS
     if session.elapsed() + cost >= deadline:
         return {"kind": "budget", "at": None, "text": f"stopped: the budget ended before {at}"}
     if seconds > session.call_limit:
@@ -153,7 +155,8 @@ def measure_point(
     if set(alive) <= set(session.measured.get(size, {})):
         return {name: session.measured[size][name] for name in alive}
     rows: dict[str, dict] = {}
-    for name in alive:
+    # Eager first: where it runs out of memory must not be lost to the others' time.
+    for name in reversed(alive):
         end = end_before(axis, points, name, size, session, deadline)
         if end is None:
             row, reason = memory_row(size, name, session)
@@ -162,28 +165,38 @@ def measure_point(
                 continue
             end = end_at(axis, size, str(reason), session)
         ends[name] = end
-    left = deadline - session.elapsed()
-    names = []
-    for name in rows:
-        cost = TIMED_CALLS * forecast(axis, points, name, size)[0]
-        if cost <= left:
-            names.append(name)
-            left -= cost
-        else:
-            rows[name]["not_timed"] = "the budget of this axis ended"
-    timed, reason = attempt(lambda: timed_rows(size, names, session)) if names else ({}, None)
-    for name in names:
-        if timed is None:
-            # On a GPU the inputs of all lie beside each other here.
-            rows[name]["not_timed"] = reason
-        elif "wrong" in timed[name]:
-            ends[name] = end_at(axis, size, timed[name]["wrong"], session)
+    rows = {name: rows[name] for name in RUNS if name in rows}
+    seconds = {name: forecast(axis, points, name, size)[0] for name in rows}
+    for name, timed in timings(size, seconds, session, deadline).items():
+        if "wrong" in timed:
+            ends[name] = end_at(axis, size, timed["wrong"], session)
             del rows[name]
         else:
-            rows[name] |= timed[name]
+            rows[name] |= timed
     free()
     session.measured[size] = rows
     return rows
+
+
+def timings(
+    size: Size, seconds: dict[str, float], session: Session, deadline: float
+) -> dict[str, dict]:
+    """Times of the variants for which there is time, each given its forecast of one call."""
+    left = deadline - session.elapsed()
+    found: dict[str, dict] = {}
+    names = []
+    for name in seconds:
+        left -= TIMED_CALLS * seconds[name]
+        if left >= 0:
+            names.append(name)
+        else:
+            left += TIMED_CALLS * seconds[name]
+            found[name] = {"not_timed": "the budget of this axis ended"}
+    if not names:
+        return found
+    timed, reason = attempt(lambda: timed_rows(size, names, session))
+    # On a GPU the inputs of all lie beside each other here, and may not fit.
+    return found | (timed or {name: {"not_timed": reason} for name in names})
 
 
 def empty(axis: Axis) -> dict[str, Any]:
@@ -208,8 +221,8 @@ def measure_axis(
             name, {"kind": "measured", "at": None, "text": "every size measured"}
         )
     write()
-    for name, end in found["ends"].items():
-        print(f"{axis.title}, {name}: {end['text']}", flush=True)
+    for name in RUNS:
+        print(f"{axis.title}, {name}: {found['ends'][name]['text']}", flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

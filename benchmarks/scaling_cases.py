@@ -20,7 +20,8 @@ from benchmarks.bench_kernels import whole
 from benchmarks.cases import DTYPES
 
 DOUBLINGS = 16  # no machine goes that far: an axis ends for memory, time or budget
-VISUAL_SHARES = (0.25, 0.40, 0.55, 0.71, 0.83, 0.95)
+LLAVA_SHARE = 729 / 1024  # of a LLaVA sample's tokens, the visual ones
+VISUAL_SHARES = (0.25, 0.40, 0.55, LLAVA_SHARE, 0.83, 0.95)
 BEFORE_IMAGE = 20  # text tokens before the first visual one
 
 
@@ -76,8 +77,7 @@ class Axis:
 LATER = (("layers", "L"), ("batch", "B"))
 
 
-def with_visual(tokens: int, share: float = 729 / 1024, **shape: Any) -> Size:
-    """The share of the tokens that is visual is by default that of a LLaVA sample, 729 of 1024."""
+def with_visual(tokens: int, share: float = LLAVA_SHARE, **shape: Any) -> Size:
     return Size(tokens, round(tokens * share), **shape)
 
 
@@ -99,8 +99,8 @@ def axes(device: str, quick: bool) -> tuple[Axis, ...]:
             (0.4 if quick else 0.55),
             tuple(with_visual(256 * p, **shape) for p in powers),
         ),
-        Axis("layers", "L", "layers", 0.16, tuple(replace(base, layers=p) for p in powers)),
-        Axis("batch", "B", "batch", 0.13, tuple(replace(base, batch=p) for p in powers)),
+        Axis("layers", "L", "layers", 0.15, tuple(replace(base, layers=p) for p in powers)),
+        Axis("batch", "B", "batch", 0.15, tuple(replace(base, batch=p) for p in powers)),
         Axis(
             "visual",
             "V",

@@ -127,7 +127,9 @@ def markdown(report: dict[str, Any]) -> str:
         parts += [f"## {axis['title'].capitalize()} ({axis['symbol']})", f"{axis['fixed']}."]
         if axis["points"]:
             parts += [_points(axis), "Exponents, with 95% intervals:", _exponents(axis)]
-        ends = [f"- {name}: {axis['ends'][name]['text']}" for name in axis["ends"]]
+        ends = [
+            f"- {name}: {axis['ends'][name]['text']}" for name in VARIANTS if name in axis["ends"]
+        ]
         if axis["extrapolated"]:
             ends.append(f"- {axis['extrapolated']['text']}")
         parts.append("\n".join(ends) or NOT_MEASURED)
