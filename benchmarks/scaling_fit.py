@@ -15,8 +15,10 @@ FARTHEST = 1000.0  # times the last measured size: beyond, a fit says nothing
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def fit(sizes: Sequence[float], values: Sequence[float | None]) -> dict[str, Any] | None:
-    """value = scale size^exponent, by least squares in logarithms over the upper half of the sizes.
+def fit(
+    sizes: Sequence[float], values: Sequence[float | None], share: float = 0.5
+) -> dict[str, Any] | None:
+    """value = scale size^exponent, by least squares in logarithms over the largest sizes.
 
     There, fixed costs weigh least. The interval is from the residuals, so it tells how straight
     the curve is as well as how noisy.
@@ -24,6 +26,7 @@ def fit(sizes: Sequence[float], values: Sequence[float | None]) -> dict[str, Any
     Args:
         sizes: positive, ascending.
         values: None or 0 where nothing was measured.
+        share: of the measured sizes that is used, 3 at least.
 
     Returns:
         exponent, standard_error, the bounds `low` and `high` of its 95% interval, log_scale, the
@@ -32,7 +35,7 @@ def fit(sizes: Sequence[float], values: Sequence[float | None]) -> dict[str, Any
     measured = [(s, v) for s, v in zip(sizes, values) if v]
     if len(measured) < FEWEST:
         return None
-    count = max(FEWEST, (len(measured) + 1) // 2)
+    count = max(FEWEST, math.ceil(share * len(measured)))
     used = measured[-count:]
     x, y = np.log(np.array(used, dtype=np.float64)).T
     spread = ((x - x.mean()) ** 2).sum()
@@ -56,6 +59,12 @@ def fit(sizes: Sequence[float], values: Sequence[float | None]) -> dict[str, Any
 
 def value_at(fitted: dict[str, Any], size: float) -> float:
     return math.exp(fitted["log_scale"]) * size ** fitted["exponent"]
+
+
+def through(fitted: dict[str, Any], exponent: float) -> dict[str, Any]:
+    """The curve of another exponent that meets the fitted one at its last size."""
+    shift = (fitted["exponent"] - exponent) * math.log(fitted["last"])
+    return fitted | {"exponent": exponent, "log_scale": fitted["log_scale"] + shift}
 
 
 def size_at(fitted: dict[str, Any], value: float) -> float | None:

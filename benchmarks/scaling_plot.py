@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +105,27 @@ def _finish(panel: Any, axis: dict[str, Any]) -> None:
     sizes += [end["at"] for end in axis["ends"].values() if end["kind"] == "memory"]
     sizes = sorted(set(sizes))
     panel.set(xscale="log", yscale="log")
-    step = 1 if len(sizes) < 8 else 2
-    panel.set_xticks(sizes[::step], [digits(s) for s in sizes[::step]])
+    ticks = apart(sizes)
+    panel.set_xticks(ticks, [digits(s) for s in ticks])
     panel.minorticks_off()
     low, high = panel.get_ylim()
     if high / low < 1000:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}"))
     panel.grid(alpha=0.3)
     # Room for the legend above the curves.
     panel.set_ylim(low, high * (high / low) ** 0.45)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(fontsize=7.5, loc="upper left")
+
+
+def apart(sizes: list[float], least: float = 0.12) -> list[float]:
+    """Those at least a share of the axis from the one before, so that labels do not overlap."""
+    found = sizes[:1]
+    for size in sizes[1:]:
+        if math.log(size / found[-1]) >= least * math.log(sizes[-1] / sizes[0]):
+            found.append(size)
+    return found
 
 
 def digits(size: float) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result_files import NOT_MEASURED, described, headline, number, table, write_json
-from benchmarks.scaling_fit import fit, size_at
+from benchmarks.scaling_fit import fit, size_at, through
 
 VARIANTS = ("plain", "student", "eager")
 # Name in a report -> (key of a row, what it is)
@@ -25,10 +25,11 @@ def values(axis: dict[str, Any], variant: str, quantity: str) -> list[float | No
 
 
 def fits(axis: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """variant -> quantity -> fit."""
+    """variant -> quantity -> fit, over the upper half of an axis, or all of one that has an end."""
     sizes = [point["size"] for point in axis["points"]]
+    share = 1.0 if axis["bounded"] else 0.5
     return {
-        variant: {name: fit(sizes, values(axis, variant, name)) for name in QUANTITIES}
+        variant: {name: fit(sizes, values(axis, variant, name), share) for name in QUANTITIES}
         for variant in VARIANTS
     }
 
@@ -48,7 +49,11 @@ def extrapolated(axis: dict[str, Any], limit: int) -> dict[str, Any] | None:
         return {"size": None, "text": text}
     text = f"extrapolated, not measured: eager's fitted memory, {symbol}^{fitted['exponent']:.2f}, "
     text += f"would pass the limit of {limit / 2**30:.3g} GiB at about {symbol} = {size:,.0f}"
-    return {"size": size, "text": text}
+    # How far the ends of the exponent's interval put it, from the last size on.
+    near, far = (size_at(through(fitted, fitted[end]), limit) for end in ("high", "low"))
+    upper = f"{near:,.0f} or more" if far is None else f"{near:,.0f} to {far:,.0f}"
+    text += f" ({upper}, by the exponent's interval)"
+    return {"size": size, "near": near, "far": far, "text": text}
 
 
 def largest(axis: dict[str, Any], variant: str) -> int | None:

@@ -63,6 +63,7 @@ def test_too_few_points_have_no_exponent():
     assert scaling_fit.fit(SIZES[:2], [1.0, 2.0]) is None
     assert scaling_fit.fit(SIZES[:4], [1.0, None, 2.0, 0]) is None
     assert scaling_fit.fit(SIZES[:3], [1.0, 2.0, 4.0])["points"] == 3
+    assert scaling_fit.fit(SIZES, SIZES, 1.0)["points"] == 8
 
 
 @pytest.mark.parametrize("exponent", [-1.0, 0.0, 1e-9, 0.2])
@@ -311,11 +312,22 @@ def test_an_extrapolated_size_is_called_so():
     axis["extrapolated"] = found = scaling_report.extrapolated(axis, limit)
     assert found["size"] == pytest.approx(12_345, rel=1e-6)
     assert found["text"].startswith("extrapolated, not measured: ")
-    assert found["text"].endswith("at about N = 12,345")
+    assert "at about N = 12,345 (12,345 to 12,345, by the exponent's interval)" in found["text"]
     report = {"axes": [axis]}
     headlines = scaling_report.headlines(report)
     assert headlines["N at which eager is out of memory"]["value"] is None
     assert headlines["largest N measured, eager"]["value"] == 2048
+
+
+def test_an_extrapolation_is_as_wide_as_the_exponents_interval():
+    axis = stopped_for_time()
+    fitted = axis["fits"]["eager"]["memory"] | {"low": 0.0, "high": 4.0}
+    axis["fits"]["eager"]["memory"] = fitted
+    found = scaling_report.extrapolated(axis, 16 * 100 * 2048**2)
+    assert found["near"] == pytest.approx(2 * 2048)
+    assert found["size"] == pytest.approx(4 * 2048)
+    assert found["far"] is None
+    assert "(4,096 or more, by the exponent's interval)" in found["text"]
 
 
 def test_nothing_is_extrapolated_from_two_sizes_or_beyond_an_axis():
