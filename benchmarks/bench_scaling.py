@@ -57,7 +57,7 @@ class Session:
         self.clock = Clock(self.device)
         self.cuda = self.device.startswith("cuda")
         self.memory_limit = memory_limit(self.device, options.memory_limit)
-        self.measured: dict[Size, dict[str, dict]] = {}
+        self.memory_rows: dict[tuple[Size, str], tuple[dict | None, str | None]] = {}
 
     def elapsed(self) -> float:
         return time.monotonic() - self.begin
@@ -76,20 +76,20 @@ def memory_limit(device: str, asked: float | None) -> int:
 
 
 def memory_row(size: Size, variant: str, session: Session) -> tuple[dict | None, str | None]:
-    """Peak and kept bytes, or why there are none."""
-    if session.cuda:
+    """Peak and kept bytes, or why there are none; measured once where axes meet."""
+    key = size, variant
+    if key not in session.memory_rows:
         free()
-        return attempt(lambda: memory_of(size, variant, session.device))
-    return attempt(
-        lambda: memory.in_child(
-            memory_of,
-            size,
-            variant,
-            session.device,
-            threads=torch.get_num_threads(),
-            limit=session.memory_limit,
-        )
-    )
+        session.memory_rows[key] = attempt(lambda: measured_memory(size, variant, session))
+    row, reason = session.memory_rows[key]
+    return row and dict(row), reason
+
+
+def measured_memory(size: Size, variant: str, session: Session) -> dict:
+    if session.cuda:
+        return memory_of(size, variant, session.device)
+    limits = {"threads": torch.get_num_threads(), "limit": session.memory_limit}
+    return memory.in_child(memory_of, size, variant, session.device, **limits)
 
 
 def timed_rows(size: Size, names: Sequence[str], session: Session) -> dict[str, dict]:
@@ -117,17 +117,35 @@ def forecast(axis: Axis, points: list[dict], variant: str, size: Size) -> tuple[
     return ms / 1e3, peak
 
 
+def cost_of_memory(
+    axis: Axis, points: list[dict], variant: str, size: Size, session: Session
+) -> tuple[float, float]:
+    """Seconds that one call is forecast to take before it ends, and its memory to be measured."""
+    seconds, peak = forecast(axis, points, variant, size)
+    child = 0.0 if session.cuda or not points else CHILD_SECONDS
+    if peak > session.memory_limit:
+        # It runs out of memory on its way.
+        seconds *= session.memory_limit / peak
+        return seconds, seconds + child
+    return seconds, MEMORY_CALLS * seconds + child
+
+
+def reserve(axis: Axis, points: list[dict], size: Size, session: Session, deadline: float) -> float:
+    """Seconds to be kept for eager's next size, if that is where its memory will run out."""
+    later = [other for other in axis.sizes if axis.value(other) > axis.value(size)]
+    if not later or forecast(axis, points, "eager", later[0])[1] <= session.memory_limit:
+        return 0.0
+    seconds, cost = cost_of_memory(axis, points, "eager", later[0], session)
+    reachable = seconds <= session.call_limit and session.elapsed() + cost < deadline
+    return cost if reachable else 0.0
+
+
 def end_before(
     axis: Axis, points: list[dict], variant: str, size: Size, session: Session, deadline: float
 ) -> dict | None:
     """Why a variant does not go on to a size, if so."""
-    seconds, peak = forecast(axis, points, variant, size)
+    seconds, cost = cost_of_memory(axis, points, variant, size, session)
     at = f"{axis.symbol} = {axis.value(size)}"
-    cost = MEMORY_CALLS * seconds
-    if peak > session.memory_limit:
-        # It runs out of memory on its way.
-        cost = seconds = seconds * session.memory_limit / peak
-    cost += 0 if session.cuda or not points else CHILD_SECONDS
     if session.elapsed() + cost >= deadline:
         return {"kind": "budget", "at": None, "text": f"stopped: the budget ended before {at}"}
     if seconds > session.call_limit:
@@ -152,8 +170,6 @@ def measure_point(
     """Rows of the variants that go on to this size; the others' ends are noted."""
     points, ends = found["points"], found["ends"]
     alive = [name for name in RUNS if name not in ends]
-    if set(alive) <= set(session.measured.get(size, {})):
-        return {name: session.measured[size][name] for name in alive}
     rows: dict[str, dict] = {}
     # Eager first: where it runs out of memory must not be lost to the others' time.
     for name in reversed(alive):
@@ -167,6 +183,8 @@ def measure_point(
         ends[name] = end
     rows = {name: rows[name] for name in RUNS if name in rows}
     seconds = {name: forecast(axis, points, name, size)[0] for name in rows}
+    if "eager" in rows:
+        deadline -= reserve(axis, points, size, session, deadline)
     for name, timed in timings(size, seconds, session, deadline).items():
         if "wrong" in timed:
             ends[name] = end_at(axis, size, timed["wrong"], session)
@@ -174,7 +192,6 @@ def measure_point(
         else:
             rows[name] |= timed
     free()
-    session.measured[size] = rows
     return rows
 
 
