@@ -182,7 +182,11 @@ def measure_point(
             end = end_at(axis, size, str(reason), session)
         ends[name] = end
     rows = {name: rows[name] for name in RUNS if name in rows}
-    seconds = {name: forecast(axis, points, name, size)[0] for name in rows}
+    # The forecast of a machine that has become busy is too short: its last call says so.
+    seconds = {
+        name: max(forecast(axis, points, name, size)[0], row.get("memory_call_seconds", 0.0))
+        for name, row in rows.items()
+    }
     if "eager" in rows:
         deadline -= reserve(axis, points, size, session, deadline)
     for name, timed in timings(size, seconds, session, deadline).items():

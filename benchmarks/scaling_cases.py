@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,8 +187,8 @@ def eager(p: Layers, leaves: list[Tensor]) -> tuple:
 RUNS: dict[str, Callable[..., tuple]] = {"plain": plain, "student": student, "eager": eager}
 
 
-def memory_of(size: Size, variant: str, device: str) -> dict[str, int | None]:
-    """Peak of a forward and backward beyond its inputs, and bytes kept for the backward.
+def memory_of(size: Size, variant: str, device: str) -> dict[str, float | None]:
+    """Peak of a forward and backward beyond its inputs, its time, bytes kept for the backward.
 
     On a CPU to be called in a process of its own (memory.in_child).
     """
@@ -199,7 +200,10 @@ def memory_of(size: Size, variant: str, device: str) -> dict[str, int | None]:
     if device != "cpu":
         # Compiles kernels and fills the workspaces of libraries, which are no part of the call.
         whole(problem, run)
+    begin = time.perf_counter()
+    peak = memory.peak_bytes(lambda: whole(problem, run), device)
     return {
-        "peak_bytes": memory.peak_bytes(lambda: whole(problem, run), device),
+        "memory_call_seconds": time.perf_counter() - begin,
+        "peak_bytes": peak,
         "saved_bytes": memory.saved_bytes(lambda: run(problem, problem.leaves)),
     }
