@@ -113,6 +113,8 @@ class Problem:
     q, k, v and d_out are (B, N, H, d), (sum of lengths, H, d) in the layout "packed".
     """
 
+    leaf_names = ("q", "k", "v")
+
     def __init__(self, case: Case, device: str, backend: str):
         dtype = DTYPES[case.dtype]
         generator = torch.Generator(device).manual_seed(0)

@@ -20,8 +20,8 @@ import torch
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
-# Of mallopt: allocations of this size and more are mappings of their own, gone when freed.
-M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 2**16
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+SMALL_BYTES = 2**16  # larger allocations go back to the system when they are freed
 
 
 def peak_bytes(run: Callable[[], Any], device: str = "cuda") -> int | None:
@@ -83,14 +83,19 @@ def in_child(
         concurrent.futures.process.BrokenProcessPool: the process was killed.
         Exception: whatever the function raised.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that imported what it needs (custom operators load torch._dynamo at
+    # their first call) and computed nothing: as good as new, in a tenth of the time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", function.__module__])
     with ProcessPoolExecutor(1, context, _prepare, (threads, limit)) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def _prepare(threads: int, limit: int | None) -> None:
     torch.set_num_threads(threads)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    if STATUS.exists():
+        # glibc would keep freed tensors of up to 32 MiB, at some sizes and not at others.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_BYTES)
     if limit is not None:
         most = _status("VmData") + limit
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
