@@ -125,8 +125,8 @@ def markdown(found: dict[str, Any]) -> str:
         "# Losses on logits: dense and chunked",
         described(found),
         "LM + KL on answer rows, forward and backward to the hidden states of all tokens and to "
-        "the output embedding. Medians of interleaved rounds; every ratio is to `dense` of the same "
-        "case. Kept is the memory held between forward and backward.",
+        "the output embedding. Medians of interleaved rounds; every ratio is to `dense` of the "
+        "same case. Kept is the memory held between forward and backward.",
         "`chunked` is what the trainer computes: answer rows only, and Liger's chunked KL, which "
         "cuts the rows into as many chunks as 1024 goes into their number: below 2048 rows there "
         f"is one, and no logits are saved; {lm}. LM and KL each project the student's rows, where "
