@@ -106,12 +106,13 @@ def kl_gradient(run: Variant, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor
 
 def over_budget(got: tuple, eager: tuple, exact: tuple, dtype: torch.dtype) -> str | None:
     """Which result is over the error budget of the tests, if one is."""
-    try:
-        for name, a, b, c in zip(RESULT_NAMES, got, eager, exact):
-            factor = GRADIENT if name.startswith("d_") else FORWARD
+    for name, a, b, c in zip(RESULT_NAMES, got, eager, exact):
+        factor = GRADIENT if name.startswith("d_") else FORWARD
+        try:
             assert_within_budget(name, a, b, c, dtype, factor)
-    except AssertionError as error:
-        return str(error)
+        except AssertionError as error:
+            # That some entries are not finite is said without the name.
+            return f"{name}: {str(error).removeprefix(f'{name}: ')}"
     return None
 
 
@@ -137,8 +138,6 @@ def usable_runs(
             runs[name] = run
         else:
             rows[name] = {"absent": reason}
-        del got
-        free()
     return runs, rows
 
 
@@ -158,7 +157,6 @@ def memory_by_name(case: Case, device: str, names: list[str]) -> dict[str, dict[
     """`memory_of` each variant, or why not."""
     problem, found = Problem(case, device), {}
     for name in names:
-        free()
         memory, reason = attempt(lambda name=name: memory_of(problem, variants()[name], device))
         found[name] = memory or {"peak_bytes": None, "kept_bytes": None, "no_memory": reason}
     return found
