@@ -172,7 +172,8 @@ def markdown(report: dict[str, Any]) -> str:
             peak = compared(row["cdfast_peak_over"], "less", "**more**")
             sentences.append(f"- `cdfast` takes {seconds} the time of {name} and {peak} its memory")
     if sentences:
-        parts.append("\n".join(sentences))
+        note = "Ratios are medians of those inside a round, in which all take turns."
+        parts.append("\n".join(sentences) + f"\n\n{note}")
     parts += ["## Agreement with the step written out without a trainer", checked_table(report)]
     return "\n\n".join(parts) + "\n"
 
