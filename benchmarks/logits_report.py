@@ -126,7 +126,9 @@ def markdown(found: dict[str, Any]) -> str:
         described(found),
         "LM + KL on answer rows, forward and backward to the hidden states of all tokens and to "
         "the output embedding. Medians of interleaved rounds; every ratio is to `dense` of the "
-        "same case. Kept is the memory held between forward and backward.",
+        "same case. Kept is the memory held between forward and backward. Each was checked first, "
+        "within the error budget of the tests: against float64, beside eager PyTorch with every "
+        "operation in the dtype of the inputs.",
         "`chunked` is what the trainer computes: answer rows only, and Liger's chunked KL, which "
         "cuts the rows into as many chunks as 1024 goes into their number: below 2048 rows there "
         f"is one, and no logits are saved; {lm}. LM and KL each project the student's rows, where "
