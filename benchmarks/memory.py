@@ -30,24 +30,57 @@ def peak_bytes(run: Callable[[], Any], device: str = "cuda") -> int | None:
     None on a CPU outside of Linux. On a CPU, warm up with a smaller problem (libraries, threads)
     and call it in a process of its own: `in_child`.
     """
+    peak = watch_peak(device)
+    result = run()
+    found = peak()
+    del result
+    return found
+
+
+def watch_peak(device: str) -> Callable[[], int | None]:
+    """From now on: a function that says how many bytes the largest use was beyond the present one.
+
+    See `peak_bytes`; this is for what is no call of one function, such as a trainer's step.
+    """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+
+        def peak_on_device() -> int:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+
+        return peak_on_device
     if not STATUS.exists():
+        return lambda: None
+    before = _resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
+    return lambda: max(_status("VmHWM") - before, 0)
+
+
+def kept_bytes(forward: Callable[[], Any], device: str) -> int | None:
+    """Bytes that are held after forward() and were not before: what waits for backward.
+
+    As `saved_bytes`, but without what was there before, such as parameters, and for operations
+    that refuse saved-tensor hooks (torch.func inside). None on a CPU outside of Linux.
+    """
+    cuda = device.startswith("cuda")
+    if not cuda and not STATUS.exists():
         return None
+    held = torch.cuda.memory_allocated if cuda else _resident_bytes
+    before = held()
+    result = forward()
+    found = held() - before
+    del result
+    return max(found, 0)
+
+
+def _resident_bytes() -> int:
     gc.collect()
     # What was freed must not be counted as there already.
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
-    result = run()
-    peak = _status("VmHWM") - before
-    del result
-    return max(peak, 0)
+    return _status("VmRSS")
 
 
 def saved_bytes(forward: Callable[[], Any]) -> int:
