@@ -32,7 +32,6 @@ from typing import Any
 import torch
 
 from benchmarks import logits_report
-from benchmarks.bench_kernels import attempt, free
 from benchmarks.logit_losses import (
     OURS,
     Case,
@@ -48,6 +47,7 @@ from benchmarks.logit_losses import (
 from benchmarks.measure import Clock
 from benchmarks.memory import in_child, kept_bytes, peak_bytes
 from benchmarks.result_files import RESULTS, result_path, start, write_json
+from benchmarks.variants import attempt, free
 from tests.numerics import FLOOR, FORWARD, GRADIENT, assert_within_budget, max_error
 
 RESULT_NAMES = ("lm", "kl", "d_hidden", "d_weight")

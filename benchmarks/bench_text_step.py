@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench_kernels import reason_of
 from benchmarks.logits_report import compared
 from benchmarks.memory import in_child
 from benchmarks.result_files import (
@@ -40,6 +39,7 @@ from benchmarks.result_files import (
 )
 from benchmarks.text_runs import plain_run, run
 from benchmarks.text_trainers import OURS, TRAINERS, absent
+from benchmarks.variants import reason_of
 
 # Relative; in float32. An update of AdamW's first step is about the sign of the gradient, which a
 # rounding turns where the gradient is nearly zero.
