@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from cdfast_kernels import VisualLayout, flash_attention, visual_attention_map
 
-from benchmarks import peers
+from benchmarks import peers, work
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -96,12 +96,7 @@ class Problem:
         self.eager = peers.EagerInputs(target, self.visual, self.first, hidden)
 
     @property
-    def pairs(self) -> int:
-        """Visible (row, key) pairs of one head, over the batch."""
-        return self.case.batch * self.case.tokens * (self.case.tokens + 1) // 2
-
-    @property
-    def entries(self) -> int:
-        """Visible (row, visual key) pairs of one head, over the batch."""
-        end = self.first + self.case.visual
-        return self.case.batch * sum(self.case.tokens - i for i in range(self.first, end))
+    def shape(self) -> work.Shape:
+        """What the work of the kernels depends on."""
+        case = self.case
+        return work.Shape(self.layout, case.heads, case.kv_heads, case.head_dim, self.dtype)

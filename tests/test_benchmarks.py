@@ -124,13 +124,6 @@ def test_the_extra_memory_is_a_share_of_eagers():
     assert found["eager_over_student"] == 1
 
 
-def test_entries_and_pairs_are_those_of_the_layout():
-    problem = cases.Problem(CASE, "cpu", "reference")
-    visible = problem.layout.dense_mask()
-    assert problem.pairs == int(visible.sum())
-    assert problem.entries == int(visible[:, :, problem.visual].sum())
-
-
 def test_eager_is_the_loss_of_the_reference():
     problem = cases.Problem(CASE, "cpu", "reference")
     problem.prepare_eager()
