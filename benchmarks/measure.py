@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ FLUSH_BYTES = 2**28  # several times the L2 cache of any GPU
 # The device waits this long before a timed region, so that the host has queued all of it by then:
 # about 2 ms at 2 GHz.
 HEAD_START_CYCLES = 4_000_000
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Clock:
@@ -87,13 +89,26 @@ def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
+def copy_bytes() -> int:
+    """Bytes of one side of a copy that no cache of this CPU holds; 1 GiB at most.
+
+    Twice the last-level cache, which Linux tells; 256 MiB where it does not.
+    """
+    sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
+    largest = max((int(size[:-1]) * 2**10 for size in sizes if size.endswith("K")), default=2**27)
+    return min(max(2 * largest, 2**26), 2**30)
+
+
 def ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
-    """Measured rates of a large matrix product (on random data) and of a large copy."""
+    """Measured rates of a large matrix product (on random data) and of a large copy.
+
+    Large: the product is not bound by its launch, and neither side of the copy fits a cache.
+    """
     device = "cuda" if clock.cuda else "cpu"
-    n, size = (8192, 2**30) if clock.cuda else (512, 2**24)
+    n, size = (8192, 2**30) if clock.cuda else (1024, copy_bytes())
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randint(0, 9, (size,), device=device, dtype=torch.int8)
-    target = torch.empty_like(source)
+    source = torch.ones(size, device=device, dtype=torch.int8)
+    target = torch.zeros_like(source)
     runs: dict[str, Callable[[], Any]] = {
         "matmul": lambda: a @ b,
         "copy": lambda: target.copy_(source),

@@ -4,16 +4,14 @@ Counted are matrix products, two operations per multiply-add; exponentials, mask
 
     ideal       products on the (row, key) pairs that are visible, and on visual ones (*entries*)
                 where a kernel visits slots only; every input read once, every output written once
-    tiles       the same kernels at given tile shapes: whole tiles, padded head size, and operands
-                read again by every tile that needs them
 
 Bytes are those of tensors of numbers; the integer tables of a layout are left out, and of a map
-only the rows of its panels are taken. counting.py counts what the kernels really do.
+only the rows of its panels are taken. tile_work.py has what tile shapes make of it, counting.py
+counts what the kernels really do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,20 +57,6 @@ class Ideal(NamedTuple):
     @property
     def bytes(self) -> int:
         return self.read + self.written
-
-
-class Tiles(NamedTuple):
-    """Operations of whole tiles, and bytes read if every tile loads its operands whole."""
-
-    flops: int
-    read: int
-
-
-class Settings(NamedTuple):
-    """Tile shape of a kernel; launch.Settings begins with the same fields."""
-
-    BLOCK_M: int
-    BLOCK_N: int
 
 
 class Tables:
@@ -159,7 +143,7 @@ def ideal(shape: Shape, operation: str) -> dict[str, Ideal]:
     return found
 
 
-class _Sizes:
+class Sizes:
     """Bytes of the tensors of a call, live tokens only."""
 
     def __init__(self, shape: Shape):
@@ -181,7 +165,7 @@ class _Sizes:
 
 
 def _ideal_attention(shape: Shape, aligned: bool) -> dict[str, Ideal]:
-    size, pairs = _Sizes(shape), visible_pairs(shape.layout) * shape.product
+    size, pairs = Sizes(shape), visible_pairs(shape.layout) * shape.product
     entries = visible_entries(shape.layout) * shape.product
     exact = shape.dtype == torch.float32
     # G and its row scale.
@@ -205,7 +189,7 @@ def _ideal_attention(shape: Shape, aligned: bool) -> dict[str, Ideal]:
 
 
 def _ideal_alignment(shape: Shape, operation: str) -> dict[str, Ideal]:
-    size, entries = _Sizes(shape), visible_entries(shape.layout) * shape.product
+    size, entries = Sizes(shape), visible_entries(shape.layout) * shape.product
     inputs = size.image_q + size.visual_k + size.image_row
     if operation == "target":
         return {"_visual_map_fwd_kernel": Ideal(entries, inputs, size.stored)}
@@ -229,179 +213,31 @@ def _ideal_alignment(shape: Shape, operation: str) -> dict[str, Ideal]:
     return found
 
 
-def tiles(shape: Shape, operation: str, settings: Callable[[str], Settings]) -> dict[str, Tiles]:
-    """Kernel -> the work of whole tiles, for kernels with matrix products.
+def cpu_phases(shape: Shape) -> dict[str, Ideal]:
+    """Phase of the CPU backend -> its ideal work; a backward is two passes in one call.
 
-    Args:
-        operation: as of `ideal`.
-        settings: the tile shape of a kernel by its name in launch.KERNELS, such as "fwd".
+    With products of 2 H d operations per pair or entry (csrc/forward.h, csrc/backward.h):
+
+        forward, aligned forward      q k^T, P v                                   2 pairs
+        backward, aligned backward    q k^T, dO v^T, dS k over rows, and           7 pairs
+                                      q k^T, dO v^T, P^T dO, dS^T q over keys
+        map, loss forward             q k^T                                        1 entries
+        loss backward                 q k^T, dS k; q k^T, dS^T q                   4 entries
+
+    Maps inside an operation, and G, are float32. S becomes G in place; neither is counted twice.
     """
-    found = {}
-    for name, kernel in _products(shape, operation).items():
-        found[name] = kernel(shape, settings)
-    return found
-
-
-def _products(
-    shape: Shape, operation: str
-) -> Mapping[str, Callable[[Shape, Callable[[str], Settings]], Tiles]]:
-    aligned = operation == "student"
-    found: dict[str, Callable[[Shape, Callable[[str], Settings]], Tiles]] = {}
-    if operation in ("plain", "student"):
-        found["_attn_fwd_kernel"] = lambda s, at: _row_tiles(s, at("fwd"), 2, 1)
-        found["_attn_bwd_delta_kernel"] = lambda s, at: _delta_tiles(s, at("delta"), aligned)
-        found["_attn_bwd_dq_kernel"] = lambda s, at: _row_tiles(s, at("dq"), 3, 2, aligned)
-        found["_attn_bwd_dkdv_kernel"] = lambda s, at: _key_tiles(s, at("dkdv"), True, aligned)
-    if operation != "plain":
-        found["_visual_map_fwd_kernel"] = lambda s, at: _map_tiles(s, at("map"), operation)
-    if operation == "modular":
-        found["_alignment_bwd_dq_kernel"] = lambda s, at: _slot_tiles(s, at("align_dq"), 2)
-        found["_attn_bwd_dkdv_kernel"] = lambda s, at: _key_tiles(s, at("align_dk"), False, True)
-    return found
-
-
-def _tile(shape: Shape, settings: Settings) -> int:
-    """Operations of one product of one tile of one head; the head size is padded."""
-    pad = 1 << (shape.head_dim - 1).bit_length()
-    return 2 * settings.BLOCK_M * settings.BLOCK_N * pad
-
-
-def _rows_read(shape: Shape, settings: Settings, tensors: int, numbers: int) -> int:
-    """Bytes of the row tiles of all heads: tensors like q, and float32 numbers per row."""
-    rows = sum(-(-(end - begin) // settings.BLOCK_M) for begin, end in _ends(shape))
-    rows *= settings.BLOCK_M * shape.heads
-    return rows * (tensors * shape.head_dim * shape.dtype.itemsize + 4 * numbers)
-
-
-def _ends(shape: Shape) -> list[tuple[int, int]]:
-    return [(int(a), int(b)) for a, b in Tables(shape.layout).samples[:, :2]]
-
-
-def _row_tiles(
-    shape: Shape, settings: Settings, products: int, tensors: int, aligned: bool = False
-) -> Tiles:
-    """Forward (2 products, q) and dq (3 products; q and dO; G on all visited tiles)."""
-    visits = row_visits(shape.layout, *settings[:2]) * shape.heads
-    numbers = 0 if tensors == 1 else 2 + aligned
-    read = visits * settings.BLOCK_N * 2 * shape.head_dim * shape.dtype.itemsize
-    if aligned:
-        read += visits * settings.BLOCK_M * settings.BLOCK_N * shape.g_size
-    read += _rows_read(shape, settings, tensors, numbers)
-    return Tiles(products * visits * _tile(shape, settings), read)
-
-
-def _slot_tiles(shape: Shape, settings: Settings, products: int) -> Tiles:
-    """Products on slots: of a row tile all slots that begin before its last row."""
-    m, n = settings[:2]
-    visits = slot_visits(shape.layout, m, n) * shape.heads
-    read = visits * n * (shape.head_dim * shape.dtype.itemsize + m * shape.g_size)
-    read += _rows_read(shape, settings, 1, 2)
-    return Tiles(products * visits * _tile(shape, settings), read)
-
-
-def _delta_tiles(shape: Shape, settings: Settings, aligned: bool) -> Tiles:
-    exact = shape.dtype == torch.float32
-    flops = read = 0
-    if aligned:
-        flops, read = _slot_tiles(shape, settings, 1)
-    if exact:
-        pairs = _row_tiles(shape, settings, 2, 1)
-        flops, read = flops + pairs.flops, read + pairs.read
-    return Tiles(flops, read + _rows_read(shape, settings, 2, 1))
-
-
-def _map_tiles(shape: Shape, settings: Settings, operation: str) -> Tiles:
-    visits = map_visits(shape.layout, settings.BLOCK_M)
-    size = shape.head_dim * shape.dtype.itemsize
-    tile = Settings(settings.BLOCK_M, MAP_TILE)
-    read = visits * shape.heads * ((settings.BLOCK_M + MAP_TILE) * size + 4 * settings.BLOCK_M)
-    if operation != "target":
-        read += _Sizes(shape).stored  # the target, by panels
-    return Tiles(visits * shape.heads * _tile(shape, tile), read)
-
-
-def _key_tiles(shape: Shape, settings: Settings, attention: bool, aligned: bool) -> Tiles:
-    """dk and dv; without attention dk of the loss alone."""
-    m, n = settings[:2]
-    visits, programs = key_visits(shape.layout, m, n, panels_only=not attention)
-    tensors, numbers = (2, 3) if attention else (1, 2)
-    size = shape.head_dim * shape.dtype.itemsize
-    per_visit = m * (tensors * size + 4 * numbers) + (m * n * shape.g_size if aligned else 0)
-    read = visits * shape.heads * per_visit + programs * shape.kv_heads * tensors * n * size
-    return Tiles((4 if attention else 2) * visits * shape.heads * _tile(shape, settings), read)
-
-
-# Tiles that the kernels visit, of one head
-
-
-def row_visits(layout: VisualLayout, block_m: int, block_n: int) -> int:
-    """(row tile, key tile) pairs: the key tiles of the prefix and of the segment that the tile's
-    first row is in, up to its last row; between live keys."""
-    tables, visits = Tables(layout), 0
-    for sample, (begin, end, first, end_live, end_prefix) in enumerate(tables.samples):
-        row_0 = np.arange(begin, end, block_m)
-        last = np.minimum(row_0 + block_m, min(end, end_live))
-        row_0, last = (x[(row_0 < end_live) & (last > first)] for x in (row_0, last))
-        high, low = _ceil(last, block_n), first // block_n
-        if tables.contiguous:
-            visits += int((high - low).sum())
-            continue
-        prefix = np.maximum(np.minimum(_ceil(end_prefix, block_n), high), low)
-        own = tables.bounds[tables.base(sample) + row_0, 0] // block_n
-        visits += int((prefix - low + np.maximum(high - np.maximum(own, prefix), 0)).sum())
-    return visits
-
-
-def slot_visits(layout: VisualLayout, block_m: int, block_n: int) -> int:
-    """(row tile, key tile of a slot) pairs: the slots that begin before the tile's end."""
-    tables, visits = Tables(layout), 0
-    for sample, (begin, end, *_) in enumerate(tables.samples):
-        last = np.minimum(np.arange(begin, end, block_m) + block_m, end) - 1
-        visits += int(tables.tiles[sample, last // MAP_TILE - begin // MAP_TILE, 2].sum())
-    return visits * (MAP_TILE // block_n)
-
-
-def key_visits(
-    layout: VisualLayout, block_m: int, block_n: int, panels_only: bool = False
-) -> tuple[int, int]:
-    """(key tile, row tile) pairs, and key tiles: the rows from a tile's first key to the end of its
-    last key's segment, or of the sample where it has a key of the prefix."""
-    tables, visits, programs = Tables(layout), 0, 0
-    for sample, (begin, end, first, end_live, end_prefix) in enumerate(tables.samples):
-        if begin == end:
-            continue
-        n_0 = np.arange(begin // block_n * block_n, end, block_n)
-        programs += len(n_0)
-        m_hi = np.full_like(n_0, end_live)
-        if not tables.contiguous:
-            last = tables.base(sample) + np.minimum(n_0 + block_n, end) - 1
-            m_hi = np.where(n_0 < end_prefix, end_live, tables.bounds[last, 1])
-        m_hi = np.where((n_0 + block_n > first) & (n_0 < end_live), m_hi, 0)
-        if panels_only:
-            tile = n_0 // MAP_TILE - begin // MAP_TILE
-            m_hi = np.minimum(m_hi, tables.tiles[sample, tile, 1])
-        visits += int(np.maximum(_ceil(m_hi - np.maximum(n_0, first), block_m), 0).sum())
-    return visits, programs
-
-
-def map_visits(layout: VisualLayout, block_m: int) -> int:
-    """(row tile, slot) pairs with an entry."""
-    tables, visits = Tables(layout), 0
-    for sample, (begin, end, _, end_live, _) in enumerate(tables.samples):
-        first_row = np.arange(begin, end, block_m)
-        for tile in tables.slot_tiles[sample]:
-            if tile < 0:
-                continue
-            key = np.arange(max(tile * MAP_TILE, begin), min((tile + 1) * MAP_TILE, end))
-            token = tables.base(sample) + key
-            key, token = key[tables.visual[token]], token[tables.visual[token]]
-            # A key is seen by the live rows from it to the end of its segment.
-            until = np.where(tables.rank[token] == 0, end_live, tables.bounds[token, 1])
-            low = np.maximum(first_row[:, None], key).clip(max=end)
-            high = np.minimum(first_row[:, None] + block_m, until)
-            visits += int((tables.live_between(sample, low, high) > 0).any(1).sum())
-    return visits
-
-
-def _ceil(x: np.ndarray, n: int) -> np.ndarray:
-    return -(-x // n)
+    size, pairs = Sizes(shape), visible_pairs(shape.layout) * shape.product
+    entries = visible_entries(shape.layout) * shape.product
+    attention = Ideal(2 * pairs, size.q + 2 * size.k, size.q + size.row)
+    backward = Ideal(7 * pairs, 2 * size.q + 2 * size.k + size.row, size.q + 2 * size.k)
+    loss_inputs = size.image_q + size.visual_k + size.image_row
+    forward, stored, g = attention, size.stored, size.chunk
+    return {
+        "forward": forward,
+        "aligned forward": Ideal(forward.flops, forward.read + stored, forward.written + g),
+        "map": Ideal(entries, loss_inputs, stored),
+        "loss forward": Ideal(entries, loss_inputs + stored, g),
+        "backward": backward,
+        "aligned backward": Ideal(backward.flops, backward.read + g, backward.written),
+        "loss backward": Ideal(4 * entries, loss_inputs + g, size.q + size.k + size.row),
+    }

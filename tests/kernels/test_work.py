@@ -1,4 +1,4 @@
-"""The formulas of benchmarks/work.py against what the kernels do, counted in the interpreter."""
+"""The formulas of benchmarks/work.py and tile_work.py against what the kernels do, counted in the interpreter."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from cdfast_kernels import (
     visual_attention_map,
 )
 
-from benchmarks import work
+from benchmarks import tile_work, work
 from tests.kernels.conftest import INTERPRETING
 from tests.kernels.on_device import DEVICE
 from tests.kernels.plain import KINDS, make_case
@@ -41,6 +41,21 @@ def test_pairs_and_entries_are_those_of_the_dense_masks(kind):
     visible = layout.visible()
     assert work.visible_pairs(layout) == int(visible.sum())
     assert work.visible_entries(layout) == int((visible & layout.visual[:, None]).sum())
+
+
+@pytest.mark.parametrize("kind", ["full", "left", "packed", "turns", "one image"])
+def test_row_tiles_of_the_cpu_are_those_with_a_visible_pair(kind):
+    """Without padding behind the last live token no tile is visited for nothing."""
+    layout, expected = layout_of(kind), 0
+    for sample, visible in enumerate(layout.visible()):
+        begin, end = layout.schedule.samples[sample, :2].tolist()
+        lead = begin % 64  # tiles lie on the axis that packed samples share
+        rows = torch.nn.functional.pad(visible[: end - begin, : end - begin], (lead, 64, lead, 64))
+        for i in range(0, lead + end - begin, 64):
+            n = min(i + 64, lead + end - begin) - max(i, lead)
+            seen = [bool(rows[i : i + 64, j : j + 64].any()) for j in range(0, i + 64, 64)]
+            expected += sum(seen) * -(-n // 4) * 4
+    assert tile_work.cpu_visits(layout) == expected
 
 
 def draw(shape: work.Shape, heads: int, seed: int) -> torch.Tensor:
@@ -119,7 +134,7 @@ def test_counted_work(operation, kind, heads, dtype, objective, block, monkeypat
     with counted() as counter:
         RUNS[operation](shape, q, k, v, lse, target)
     ideal = work.ideal(shape, operation)
-    tiles = work.tiles(shape, operation, lambda name: settings)
+    tiles = tile_work.tiles(shape, operation, lambda name: settings)
     assert set(counter.kernels) == set(ideal)
     for name, found in counter.kernels.items():
         assert found.launches == 1, name
