@@ -1,4 +1,4 @@
-"""The formulas of benchmarks/work.py and tile_work.py against what the kernels do, counted in the interpreter."""
+"""Formulas of benchmarks/work.py and tile_work.py: what the kernels do, counted as they run."""
 
 import pytest
 import torch
