@@ -1,7 +1,8 @@
 """How close each kernel comes to what this machine can do: python -m benchmarks.roofline
 
-The roof of a kernel is the smaller of two ceilings measured in the same run: the rate of a large
-matrix product, and its arithmetic intensity (operations per byte) times the rate of a large copy.
+The roof of a kernel is the smaller of two ceilings measured in the same run, at its start and after
+every case: the rate of a large matrix product, and the kernel's arithmetic intensity (operations
+per byte) times the rate of a large copy.
 Operations and bytes are the ideal ones of benchmarks/work.py: what a kernel computes or reads
 beyond them lowers its share.
 
@@ -38,7 +39,7 @@ from cdfast_kernels import (
 from benchmarks import roofline_report, tile_work, work
 from benchmarks.bench_kernels import attempt, check_full, check_small, free, variants, whole
 from benchmarks.cases import Case, Problem
-from benchmarks.measure import Clock, KernelClock, ceilings
+from benchmarks.measure import Clock, KernelClock, ceilings, graph_ms
 from benchmarks.result_files import RESULTS, headline, result_path, start, write_json
 
 Run = Callable[[], Any]
@@ -60,12 +61,9 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [*found, Case(4096, 2880, 4, **grouped), Case(512, 360, 1)]
 
 
-def row(name: str, timed: dict[str, float], ideal: work.Ideal, ceiling: dict) -> dict[str, Any]:
-    """One kernel or phase beside its roof; `timed` has ms and spread."""
+def row(name: str, timed: dict[str, float], ideal: work.Ideal) -> dict[str, Any]:
+    """One kernel or phase; `timed` has ms and spread. `set_roofs` puts it beside its roof."""
     ms = timed["ms"]
-    roof_ms = max(
-        ideal.flops / ceiling["matmul_tflops"] / 1e9, ideal.bytes / ceiling["copy_gb_per_s"] / 1e6
-    )
     return {
         "name": name,
         "ms": ms,
@@ -75,9 +73,19 @@ def row(name: str, timed: dict[str, float], ideal: work.Ideal, ceiling: dict) ->
         "intensity": ideal.flops / ideal.bytes,
         "tflops": ideal.flops / ms / 1e9,
         "gb_per_s": ideal.bytes / ms / 1e6,
-        "roof_ms": roof_ms,
-        "share": roof_ms / ms,
     }
+
+
+def set_roofs(measured: list[dict[str, Any]], ceiling: dict[str, float]) -> None:
+    """The time at the roof, and its share of the time measured, of every row."""
+    for found in (r for case in measured for r in case.get("rows", [])):
+        products = found["operations"] / ceiling["matmul_tflops"] / 1e9
+        found["roof_ms"] = max(products, found["bytes"] / ceiling["copy_gb_per_s"] / 1e6)
+        found["share"] = found["roof_ms"] / found["ms"]
+
+
+def higher(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {name: max(value, other[name]) for name, value in one.items()}
 
 
 # A CPU
@@ -120,7 +128,7 @@ def cpu_phases(problem: Problem) -> dict[str, Run]:
     }
 
 
-def cpu_rows(problem: Problem, clock: Clock, ceiling: dict, options: Any) -> list[dict[str, Any]]:
+def cpu_rows(problem: Problem, clock: Clock, options: Any) -> list[dict[str, Any]]:
     phases = cpu_phases(problem)
     for run in phases.values():
         run()
@@ -128,7 +136,7 @@ def cpu_rows(problem: Problem, clock: Clock, ceiling: dict, options: Any) -> lis
     ideal, tiles = work.cpu_phases(problem.shape), tile_work.cpu_tile_flops(problem.shape)
     found = []
     for name, times in timed.items():
-        found.append(row(name, times, ideal[name], ceiling))
+        found.append(row(name, times, ideal[name]))
         found[-1]["launches"] = None
         found[-1]["tile_operations"] = tiles.get(name)
         found[-1]["operation"] = "student" if name.startswith("aligned") else name
@@ -155,7 +163,7 @@ def operations(problem: Problem) -> dict[str, Run]:
 
 
 def triton_rows(
-    problem: Problem, clock: Clock, ceiling: dict, options: Any
+    problem: Problem, clock: Clock, options: Any
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """A row per kernel of each operation, and the times of whole operations."""
     from cdfast_kernels.launch import architecture, settings_for
@@ -173,7 +181,7 @@ def triton_rows(
         tiles = tile_work.tiles(shape, operation, settings)
         times = kernel_times(run, clock, options)
         for name, launches in times.items():
-            found = row(name, launches, ideal[name], ceiling)
+            found = row(name, launches, ideal[name])
             found["launches"] = launches["launches"]
             found["tile_operations"] = tiles[name].flops if name in tiles else None
             rows.append({**found, "operation": operation})
@@ -211,7 +219,7 @@ def step_times(run: Run, clock: Clock, kernels_ms: float, options: Any) -> dict[
     found = clock.interleaved({"step": run}, options.rounds, options.case_seconds / 4)["step"]
     # On a CPU nothing is launched: the host is the device.
     bound = found["host_ms"] > kernels_ms if clock.cuda else None
-    graph = graph_ms(run, clock, options) if bound else None
+    graph = graph_ms(run, clock, options.rounds, options.case_seconds / 4) if bound else None
     return {
         "kernels_ms": kernels_ms,
         "ms": found["ms"],
@@ -219,24 +227,6 @@ def step_times(run: Run, clock: Clock, kernels_ms: float, options: Any) -> dict[
         "launch_bound": bound,
         "graph_ms": graph,
     }
-
-
-def graph_ms(run: Run, clock: Clock, options: Any) -> float | None:
-    """Median time of a replay of run(), captured as a CUDA graph; None without CUDA."""
-    if not clock.cuda:
-        return None
-    # Autograd and the allocator warm up beside the stream that is captured.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    replays = {"replay": graph.replay}
-    return clock.interleaved(replays, options.rounds, options.case_seconds / 4)["replay"]["ms"]
 
 
 # The command
@@ -253,7 +243,7 @@ def check(case: Case, problem: Problem, backend: str) -> dict[str, str]:
     return {name: reason for name, reason in (wrong | full).items() if reason}  # type: ignore[misc]
 
 
-def measure(case: Case, backend: str, clock: Clock, ceiling: dict, options: Any) -> dict[str, Any]:
+def measure(case: Case, backend: str, clock: Clock, options: Any) -> dict[str, Any]:
     problem = Problem(case, options.device, backend)
     wrong = check(case, problem, backend)
     free()
@@ -261,9 +251,9 @@ def measure(case: Case, backend: str, clock: Clock, ceiling: dict, options: Any)
         raise RuntimeError(f"not timed, as its results are wrong: {wrong}")
     steps: dict[str, dict[str, Any]] = {}
     if backend == "cpu":
-        rows = cpu_rows(problem, clock, ceiling, options)
+        rows = cpu_rows(problem, clock, options)
     else:
-        rows, steps = triton_rows(problem, clock, ceiling, options)
+        rows, steps = triton_rows(problem, clock, options)
     return {**asdict(case), "name": case.name, "backend": backend, "rows": rows, "steps": steps}
 
 
@@ -335,10 +325,11 @@ def main(argv: list[str] | None = None) -> None:
     for case in listed:
         if time.monotonic() - begin > 60 * options.budget_minutes:
             break
-        result, reason = attempt(
-            lambda case=case: measure(case, options.backend, clock, found["ceilings"], options)
-        )
+        result, reason = attempt(lambda case=case: measure(case, options.backend, clock, options))
         found["cases"].append(result or {**asdict(case), "name": case.name, "failed": reason})
+        # Again, as a busy machine may have been slower at the start than it was just now.
+        found["ceilings"] = higher(found["ceilings"], ceilings(clock, dtype))
+        set_roofs(found["cases"], found["ceilings"])
         found["not_measured"].remove(case.name)
         found["headline"] = headlines(found["cases"])
         found["seconds"] = round(time.monotonic() - begin, 1)

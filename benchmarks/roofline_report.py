@@ -160,13 +160,12 @@ def _draw_roof(axes: Any, ceiling: dict[str, float], case: dict[str, Any], style
         textcoords="offset points",
         ha="right",
     )
-    middle = (low * ridge) ** 0.5
     axes.annotate(
         f"copy, {ceiling['copy_gb_per_s']:.3g} GB/s",
-        (middle, slope * middle),
-        xytext=(-6, 6),
+        (1.5 * low, slope * 1.5 * low),
+        xytext=(12, -4),
         textcoords="offset points",
-        ha="right",
+        va="top",
     )
     for row in rows:
         color, marker = styles[label(row)]
@@ -184,7 +183,7 @@ def _draw_roof(axes: Any, ceiling: dict[str, float], case: dict[str, Any], style
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom / 2, top * 2))
     axes.set(xlabel="operations per byte", ylabel="TFLOP/s")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(title="share of the roof", fontsize=8, loc="lower right")
+    axes.legend(title="share of the roof", fontsize=8, loc="best")
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
