@@ -7,6 +7,7 @@ thread). tests/kernels/test_work.py holds the formulas of the tiles against coun
 
 import statistics
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from cdfast_kernels import (
     flash_attention_with_alignment,
     visual_attention_map,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import memory, tile_work, work
 from benchmarks.bench_kernels import variants, whole
@@ -102,6 +105,62 @@ def test_tile_work_of_the_cpu_backend():
     # The loss adds no product to the attention that it is fused with.
     assert ideal["aligned forward"].flops == ideal["forward"].flops
     assert ideal["aligned backward"].flops == ideal["backward"].flops
+
+
+class CalledOperators(TorchDispatchMode):
+    """Counts the calls of this project's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cdfast":
+            self.calls[func.overloadpacket.__name__.removeprefix("cpu_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted_step(aligned: bool) -> tuple[int, dict[str, int], int]:
+    """Dense operations and calls of operators in a step of teacher and student; matched layers."""
+    from cdfast import VisualAttentionAligner
+    from cdfast.attention import AlignmentContext
+    from tests.cdfast.tiny_models import tiny_batch, tiny_llava, tiny_teacher
+
+    teacher, student = tiny_teacher(), tiny_llava()
+    aligner = VisualAttentionAligner(teacher, student, layers="all")
+    batch = tiny_batch()
+    inputs = {**batch, "use_cache": False}
+    with FlopCounterMode(display=False) as flops, CalledOperators() as operators:
+        if aligned:
+            with torch.no_grad():
+                _, targets = aligner.teacher_forward(**batch)
+            out, alignment = aligner.student_forward(targets, **batch)
+            loss = out.loss + alignment.loss
+        else:
+            layout = aligner.layout(batch)
+            with torch.no_grad():
+                teacher(**inputs, alignment=AlignmentContext(layout))
+            loss = student(**inputs, alignment=AlignmentContext(layout)).loss
+        loss.backward()
+    return flops.get_total_flops(), dict(operators.calls), len(aligner.matches)
+
+
+@on_cpu
+def test_alignment_adds_no_dense_product_to_a_training_step():
+    """It lives in the attention operators: one call per matched layer in place of plain attention,
+    and one map per teacher layer in a window. FlopCounterMode sees all that is outside of them."""
+    plain, plain_calls, _ = counted_step(aligned=False)
+    flops, calls, matched = counted_step(aligned=True)
+    # Without alignment attention is PyTorch's, which it may count as well.
+    assert 0 < flops <= plain
+    assert plain_calls == {}
+    assert matched == 3  # all layers of the tiny student, whose windows take all of the teacher's 4
+    assert calls == {
+        "attention": 4,
+        "visual_map": 4,
+        "attention_with_alignment": matched,
+        "attention_backward": matched,
+    }
 
 
 # Bytes
