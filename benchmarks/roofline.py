@@ -148,18 +148,24 @@ def cpu_rows(problem: Problem, clock: Clock, options: Any) -> list[dict[str, Any
 
 def operations(problem: Problem) -> dict[str, Run]:
     """Operation of work.OPERATIONS -> one forward and backward of it."""
-    runs = variants(problem)
+    runs, layout = variants(problem), problem.layout
+    q, k, _ = problem.leaves
+    lse = problem.lse.detach().requires_grad_()
 
     def target() -> None:
-        q, k, _ = problem.inputs()
-        visual_attention_map(q, k, problem.lse, problem.layout, storage="map", backend="triton")
+        with torch.no_grad():
+            visual_attention_map(q, k, lse, layout, storage="map", backend="triton")
 
-    found: dict[str, Run] = {"target": target}
-    # In `modular` the attention is PyTorch's: only kernels of the loss are timed.
-    named = {"student": "student[triton]", "plain": "plain[triton]"}
-    for name, variant in {**named, "modular": "modular[sdpa+triton]"}.items():
-        found[name] = lambda run=runs[variant]: whole(problem, run)  # type: ignore[misc]
-    return found
+    def modular() -> None:
+        loss = visual_alignment_loss(q, k, lse, problem.target, layout, backend="triton")
+        torch.autograd.grad(loss, (q, k, lse), problem.one)
+
+    return {
+        "student": lambda: whole(problem, runs["student[triton]"]),  # type: ignore[arg-type]
+        "target": target,
+        "plain": lambda: whole(problem, runs["plain[triton]"]),  # type: ignore[arg-type]
+        "modular": modular,
+    }
 
 
 def triton_rows(

@@ -96,7 +96,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measured = [case for case in found["cases"] if "failed" not in case]
+    measured = [_drawn(case) for case in found["cases"] if "failed" not in case]
     if not measured:
         return
     largest = max(measured, key=lambda c: (c["tokens"], c["batch"]))
@@ -134,15 +134,20 @@ def plot(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _drawn(case: dict[str, Any]) -> dict[str, Any]:
+    """Of Triton kernels those of the student and of the target; the table has all."""
+    if case["backend"] == "cpu":
+        return case
+    return {**case, "rows": [r for r in case["rows"] if r["operation"] in ("student", "target")]}
+
+
 def _styles(names: list[str]) -> dict[str, tuple[Any, str]]:
+    """A color and a marker of its own for up to ten names."""
     import matplotlib
 
-    colors = matplotlib.colormaps["tab10"].colors
-    unique = list(dict.fromkeys(names))
-    return {
-        name: (colors[i % 10], "osD^vP*X<>"[i // 10 % 10 if len(unique) > 10 else i % 10])
-        for i, name in enumerate(unique)
-    }
+    colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    unique = dict.fromkeys(names)
+    return {name: (colors[i % 10], "osD^vP*X<>"[i % 10]) for i, name in enumerate(unique)}
 
 
 def _draw_roof(axes: Any, ceiling: dict[str, float], case: dict[str, Any], styles: dict) -> None:
@@ -183,7 +188,13 @@ def _draw_roof(axes: Any, ceiling: dict[str, float], case: dict[str, Any], style
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom / 2, top * 2))
     axes.set(xlabel="operations per byte", ylabel="TFLOP/s")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(title="share of the roof", fontsize=8, loc="best")
+    axes.legend(
+        title="share of the roof",
+        fontsize=8,
+        ncols=3,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+    )
 
 
 def write(path: Path, found: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def test_the_triton_rows_in_the_interpreter(tmp_path):
 import json, sys, types
 import tests.kernels.conftest  # makes the interpreter faster, and fit for any version
 from benchmarks import cases, measure, roofline, roofline_report
-case = cases.Case(70, 40, 1, 2, 1, 32, "fp32")
+case = cases.Case(40, 25, 1, 2, 1, 32, "fp32")
 problem = cases.Problem(case, "cpu", "triton")
 options = types.SimpleNamespace(rounds=3, case_seconds=0.1)
 rows, steps = roofline.triton_rows(problem, measure.Clock("cpu"), options)
@@ -100,7 +100,7 @@ print(roofline_report._rows(found), roofline_report._steps(found), file=sys.stde
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    problem = cases.Problem(cases.Case(70, 40, 1, 2, 1, 32, "fp32"), "cpu", "reference")
+    problem = cases.Problem(cases.Case(40, 25, 1, 2, 1, 32, "fp32"), "cpu", "reference")
     for operation in work.OPERATIONS:
         rows = {r["name"]: r for r in found["rows"] if r["operation"] == operation}
         ideal = work.ideal(problem.shape, operation)

@@ -1,5 +1,7 @@
 """Formulas of benchmarks/work.py and tile_work.py: what the kernels do, counted as they run."""
 
+import math
+
 import pytest
 import torch
 from cdfast_kernels import (
@@ -12,6 +14,7 @@ from cdfast_kernels import (
 )
 
 from benchmarks import tile_work, work
+from benchmarks.memory import saved_bytes
 from tests.kernels.conftest import INTERPRETING
 from tests.kernels.on_device import DEVICE
 from tests.kernels.plain import KINDS, make_case
@@ -27,9 +30,9 @@ def layout_of(kind: str) -> VisualLayout:
         live = torch.arange(150).expand(2, -1) % 50 > 5
         return VisualLayout.from_mask(torch.arange(150).expand(2, -1) % 90 > 30, live)
     if kind == "one image":  # a span that begins and ends inside tiles
-        visual = (torch.arange(300) >= 20) & (torch.arange(300) < 210)
+        visual = (torch.arange(200) >= 20) & (torch.arange(200) < 140)
         return VisualLayout.from_mask(visual[None])
-    return make_case(kind, seed=5, length=150).layout
+    return make_case(kind, seed=5, length=100).layout
 
 
 LAYOUTS = (*KINDS, "holes", "one image")
@@ -101,7 +104,7 @@ CASES = [
     ("student", "one image", (4, 2, 32), torch.float32, "kl", (128, 64)),
     ("student", "left", (2, 1, 64), torch.float32, "row", (32, 32)),
     ("student", "right", (2, 1, 32), torch.float16, "mse", (64, 32)),
-    ("student", "packed", (4, 1, 32), torch.float32, "row", (64, 64)),
+    ("student", "packed", (2, 1, 32), torch.float32, "row", (64, 64)),
     ("student", "turns", (2, 1, 80), torch.float16, "kl", (64, 64)),
     ("student", "segments", (1, 1, 32), torch.float32, "map", (64, 32)),
     ("student", "holes", (1, 1, 32), torch.float16, "pooled", (64, 64)),
@@ -149,6 +152,28 @@ def test_counted_work(operation, kind, heads, dtype, objective, block, monkeypat
 
 
 @counts
+@pytest.mark.parametrize(
+    "kind, dtype", [("left", torch.float16), ("packed", torch.float32)], ids=str
+)
+def test_saved_bytes(kind, dtype):
+    """q, k, v, out, lse; with the loss G and a float32 scale per row; the tables of the layout."""
+    shape = work.Shape(layout_of(kind), 2, 1, 32, dtype)
+    layout, tokens = shape.layout, math.prod(shape.layout.shape)
+    q, k, v = (draw(shape, heads, i).requires_grad_() for i, heads in enumerate((2, 1, 1)))
+    _, lse = flash_attention(q, k, v, layout=layout, backend="reference")
+    target = visual_attention_map(q, k, lse.detach(), layout, backend="reference")
+    tables = layout.schedule.tensors().values()
+    expected = sum(x.nbytes for x in tables) + layout.slot_tiles.nbytes
+    expected += tokens * 32 * (2 * 2 + 2 * 1) * dtype.itemsize + 4 * tokens * 2
+    plain = saved_bytes(lambda: flash_attention(q, k, v, layout=layout, backend="triton"))
+    assert plain == expected
+    aligned = saved_bytes(
+        lambda: flash_attention_with_alignment(q, k, v, target, layout, backend="triton")
+    )
+    assert aligned == expected + layout.map_rows * 64 * shape.g_size + 4 * tokens
+
+
+@counts
 def test_more_chunks_of_rows_are_more_launches_of_the_same_work(monkeypatch):
     """The forward of the loss is launched once per chunk of rows; the products stay."""
     from cdfast_kernels import alignment
@@ -168,7 +193,7 @@ def test_more_chunks_of_rows_are_more_launches_of_the_same_work(monkeypatch):
         found.append(counter.kernels)
     whole, chunked = found
     per_chunk = {name for name in whole if chunked[name].launches > 1}
-    assert {chunked[name].launches for name in per_chunk} == {5}  # 300 rows, 64 at a time
+    assert {chunked[name].launches for name in per_chunk} == {4}  # 200 rows, 64 at a time
     assert len(per_chunk) == 4  # map, coefficients, G, loss
     assert all(whole[name].flops == chunked[name].flops for name in whole)
 
