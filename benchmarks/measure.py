@@ -121,8 +121,8 @@ def copy_bytes() -> int:
 def ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     """Measured rates of a large matrix product (on random data) and of a large copy.
 
-    Large: the product is not bound by its launch, and neither side of the copy fits a cache. Of ten
-    rounds the fastest: what else the machine does lowers a ceiling, nothing raises it.
+    Large: the product is not bound by its launch, and neither side of the copy fits a cache. The
+    fastest of five rounds: what else the machine does lowers a ceiling, nothing raises it.
     """
     device = "cuda" if clock.cuda else "cpu"
     n, size = (8192, 2**30) if clock.cuda else (1024, copy_bytes())
@@ -135,7 +135,7 @@ def ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     }
     for run in runs.values():
         run()
-    found = clock.interleaved(runs, 10, 10)
+    found = clock.interleaved(runs, 5, 5)
     return {
         "matmul_tflops": 2 * n**3 / found["matmul"]["fastest_ms"] / 1e9,
         "copy_gb_per_s": 2 * size / found["copy"]["fastest_ms"] / 1e6,

@@ -12,7 +12,8 @@ EXPLANATION = (
     "written once (`benchmarks/work.py`). The roof is the smaller of the product's rate and the "
     "intensity times the copy's; the share is the time at the roof over the time measured. "
     "Operations of tiles: what the kernel computes in whole tiles, over the ideal. Caches can "
-    "make a kernel faster than the copy's roof at small sizes: its share is then above 100%."
+    "make a kernel faster than the copy's roof at small sizes: its share is then above 100%. "
+    "Kernels without matrix products are in the table only."
 )
 
 
