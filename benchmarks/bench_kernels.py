@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from cdfast_kernels import visual_attention_map
 
-from benchmarks import peers, report
+from benchmarks import peers, report, work
 from benchmarks.cases import Case, Problem, cpu_cases, gpu_cases
 from benchmarks.measure import Clock, KernelClock, ceilings
 from benchmarks.memory import in_child, peak_bytes, saved_bytes
@@ -112,23 +112,14 @@ def kernel_rows(problem: Problem, run: Run, clock: Clock, ceiling: dict) -> list
         for _ in range(5):
             run()
             steps.append(timed.milliseconds())
-    case = problem.case
-    pair = 2 * case.head_dim * case.heads * problem.pairs
-    entry = 2 * case.head_dim * case.heads * problem.entries
-    products = {
-        "_attn_fwd_kernel": 2 * pair,
-        "_visual_map_fwd_kernel": entry,
-        "_attn_bwd_delta_kernel": entry,
-        "_attn_bwd_dq_kernel": 3 * pair,
-        "_attn_bwd_dkdv_kernel": 4 * pair,
-    }
+    ideal = work.ideal(problem.shape, "student")
     rows = []
     for name in sorted(steps[0]):
         # A kernel may be launched once per chunk of rows: all launches of a step count.
         ms = statistics.median(sum(step[name]) for step in steps)
         row: dict[str, Any] = {"kernel": name, "ms": ms, "launches": len(steps[0][name])}
-        if name in products:
-            row["tflops"] = products[name] / ms / 1e9
+        if name in ideal and ideal[name].flops:
+            row["tflops"] = ideal[name].flops / ms / 1e9
             row["share_of_matmul"] = row["tflops"] / ceiling["matmul_tflops"]
         compiled = timed.compiled.get(name)
         for key, source in (("registers", "n_regs"), ("spills", "n_spills")):

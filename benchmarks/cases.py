@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cdfast_kernels import VisualLayout, flash_attention, visual_attention_map
 
+from benchmarks import work
 from benchmarks.eager import Dense
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -122,7 +123,7 @@ class Problem:
         self._lay_out(device)
 
         def draw(heads: int) -> torch.Tensor:
-            shape = (*self.shape, heads, case.head_dim)
+            shape = (*self.tokens_shape, heads, case.head_dim)
             return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
         self.eager: Dense | None = None
@@ -153,9 +154,9 @@ class Problem:
             text = case.tokens - first - case.visual
             turn = (position - first - case.visual) * TURNS // max(text, 1) + 1
             self.segment = torch.where(position < first + case.visual, 0, turn)
-        self.shape: tuple[int, ...] = (case.batch, case.tokens)
+        self.tokens_shape: tuple[int, ...] = (case.batch, case.tokens)
         if case.layout == "packed":
-            self.shape = (sum(lengths),)
+            self.tokens_shape = (sum(lengths),)
             ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             layout = VisualLayout.from_packed(ends, self.visual[self.live])
         elif case.layout == "segments":
@@ -200,16 +201,10 @@ class Problem:
         )
 
     @property
-    def pairs(self) -> int:
-        """Visible (row, key) pairs of one head, over the batch."""
-        visible = self.visible()
-        return int(visible.sum()) * (self.case.batch if len(visible) == 1 else 1)
-
-    @property
-    def entries(self) -> int:
-        """Visible (row, visual key) pairs of one head, over the batch."""
-        seen = self.visible().sum(1).expand(self.case.batch, -1)  # rows that see each key
-        return int((seen * self.visual).sum())
+    def shape(self) -> work.Shape:
+        """What the work of the kernels depends on."""
+        case = self.case
+        return work.Shape(self.layout, case.heads, case.kv_heads, case.head_dim, self.dtype)
 
 
 def _stacked(maps: list[torch.Tensor], length: int) -> torch.Tensor:
