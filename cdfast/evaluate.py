@@ -169,7 +169,8 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m cdfast.evaluate`."""
     parser = argparse.ArgumentParser("cdfast.evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folder or hub name")
     parser.add_argument("--split", choices=["validation", "test"], default="test")
@@ -221,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
+    parser = command_parser()
     options = parser.parse_args(arguments)
     if options.json is not None:  # before hours of evaluation, not after
         options.json.parent.mkdir(parents=True, exist_ok=True)
