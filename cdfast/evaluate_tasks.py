@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cdfast.delegated import load_lmms_eval, run_delegated
 from cdfast.evaluation_files import LeftOut
 from cdfast.evaluation_report import averages, print_tables, write_files
 from cdfast.evaluation_run import FORMAT, model_identity, results_file, run_task
@@ -43,12 +44,16 @@ def evaluate_tasks(options: argparse.Namespace, load: Loader) -> dict[str, Any]:
     """
     tasks = chosen_tasks(options.tasks)
     names = list(dict.fromkeys(options.models))
+    delegated = [task for task in tasks if task.family == "delegated"]
+    if delegated:
+        _check_delegated(delegated, options)
     left_out = {task.name: LeftOut(options.on_error) for task in tasks}
-    items = {task.name: _load(task, left_out[task.name], options) for task in tasks}
+    ours = [task for task in tasks if task not in delegated]
+    items = {task.name: _load(task, left_out[task.name], options) for task in ours}
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "settings": _settings(options),
-        "tasks": {t.name: {"title": t.title, "n": len(items[t.name])} for t in tasks},
+        "tasks": {task.name: {"title": task.title} for task in tasks},
         "models": {},
         "comparisons": {},
         "left_out": {},
@@ -59,6 +64,9 @@ def evaluate_tasks(options: argparse.Namespace, load: Loader) -> dict[str, Any]:
         entry: dict[str, Any] = {"tasks": {}}
         tests: dict[str, Any] = {}
         for task in tasks:
+            if task in delegated:
+                entry["tasks"][task.name] = _delegate(name, model, processor, task, options)
+                continue
             said = _run(name, model, processor, task, items[task.name], left_out, options)
             entry["tasks"][task.name], scored = _measure(task, items[task.name], said, options)
             for mode, of_mode in scored.items():
@@ -106,6 +114,39 @@ def _load(task: Task, left_out: LeftOut, options: argparse.Namespace) -> list[It
     )
 
 
+def _header(name: str, model: Any, task: Task) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "task": task.name,
+        "model": model_identity(name, model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _check_delegated(tasks: list[Task], options: argparse.Namespace) -> None:
+    """Before any model is loaded: what delegated tasks need."""
+    names = ", ".join(task.name for task in tasks)
+    if options.scoring == "likelihood":
+        raise ValueError(
+            f"--scoring: expected both or generation for {names}, which have no choices; got "
+            "likelihood"
+        )
+    load_lmms_eval()
+
+
+def _delegate(
+    name: str, model: Any, processor: Any, task: Task, options: argparse.Namespace
+) -> dict[str, Any]:
+    path = results_file(options.output_dir, name, task.name).with_suffix(".json")
+    header = _header(name, model, task)
+    size = options.batch_size
+    measured = run_delegated(
+        task.name, model, processor, path, header, batch_size=size, limit=options.limit
+    )
+    print(f"{name}: {task.title}: {measured['n']} records: {path}", file=sys.stderr, flush=True)
+    return {"generation": measured}
+
+
 def _run(
     name: str,
     model: Any,
@@ -115,14 +156,8 @@ def _run(
     left_out: dict[str, LeftOut],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    header = {
-        "format": FORMAT,
-        "task": task.name,
-        "model": model_identity(name, model.config),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "scoring": options.scoring,
-        "max_new_tokens": options.max_new_tokens,
-    }
+    header = _header(name, model, task)
+    header |= {"scoring": options.scoring, "max_new_tokens": options.max_new_tokens}
     path = results_file(options.output_dir, name, task.name)
     console = Console(stderr=True)
     with Progress(

@@ -150,7 +150,7 @@ def _task_table(results: Results, name: str, mode: str) -> Shown:
             if found:
                 cells = [_cell(found["metrics"][metric]) for metric in metrics]
                 rows.append([f"{model}{part and f': {part}'}", str(found["n"]), *cells])
-        if mode == "generation":
+        if "unparsed" in entry["tasks"][name] and mode == "generation":
             told = entry["tasks"][name]["unparsed"]
             share = f"{told['unparsed']} of {told['replies']} replies"
             rows.append([f"{model}: unclear", "", share, *("" for _ in metrics[1:])])
@@ -165,6 +165,8 @@ def percent(value: float | None) -> str:
 
 
 def _cell(metric: Mapping[str, Any]) -> str:
+    if metric["ci95"] is None:
+        return percent(metric["value"])
     low, high = metric["ci95"]
     return f"{percent(metric['value'])} [{percent(low)}, {percent(high)}]"
 

@@ -91,7 +91,7 @@ def read_results(path: Path, header: dict[str, Any], digests: dict[str, str]) ->
         try:
             entry = json.loads(line)
             if number == 1:
-                _require_same(path, entry, header)
+                require_same(path, entry, header)
                 continue
             name, digest = entry["id"], entry["asked"]
         except ResultsError:
@@ -111,7 +111,8 @@ def read_results(path: Path, header: dict[str, Any], digests: dict[str, str]) ->
     return done
 
 
-def _require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse results that depend on something else than is wanted, naming what differs."""
     names = dict.fromkeys([*wanted, *found])
     differing = [n for n in names if found.get(n) != wanted.get(n)]
     if differing:

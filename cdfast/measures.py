@@ -38,6 +38,7 @@ METRICS = {
     "choice": ("accuracy", "both_orders"),
     "matching": ("choice", "text", "image", "group"),
     "yes_no": ("accuracy", "precision", "recall", "f1", "yes_ratio"),
+    "delegated": ("score",),
 }
 # Metrics that are shares of records: Wilson's interval holds where the records are independent.
 _WILSON = ("accuracy", "both_orders", "yes_ratio")

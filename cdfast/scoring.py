@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Likelihood:
     greedy: bool
 
 
+class Prompt(NamedTuple):
+    """What a reply needs of a question: a name for errors, a decoded image or None, messages."""
+
+    kind: str
+    image: Any
+    messages: list[dict[str, Any]]
+
+
 @dataclass
 class _Row:
     """A prompt and one continuation; scores every choice that differs in its last token only."""
@@ -47,7 +55,7 @@ class _Row:
     choices: dict[int, list[int]]
 
 
-def _prompts(processor: Any, questions: Sequence[Question]) -> list[str]:
+def _prompts(processor: Any, questions: Sequence[Question] | Sequence[Prompt]) -> list[str]:
     template = chat_template(processor)
     return [template.render(q.messages, f"question {q.kind}", prompt=True) for q in questions]
 
@@ -213,7 +221,7 @@ def likelihoods(
 def replies(
     model: Any,
     processor: Any,
-    questions: Sequence[Question],
+    questions: Sequence[Question] | Sequence[Prompt],
     *,
     batch_size: int,
     max_new_tokens: int = MAX_NEW_TOKENS,

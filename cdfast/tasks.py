@@ -13,8 +13,6 @@ from cdfast.images import DataError, check_image
 from cdfast.relation_tasks import read_rbench, read_reefknot
 from cdfast.suites import Item, Question, miniature_suite
 
-FAMILIES = ("choice", "matching", "yes_no")
-
 
 @dataclass(frozen=True)
 class Task:
@@ -35,12 +33,11 @@ class Task:
     title: str
     family: str
     headline: str
-    read: Callable[[Path, LeftOut], list[Item]] | None
-    group: str | None
+    read: Callable[[Path, LeftOut], list[Item]] | None = None
     over_subsets: bool = False
 
 
-# Group -> the tasks of its average in the paper. VQA's are delegated to lmms-eval.
+# Group -> the tasks of its average in the paper.
 AVERAGES = {
     "CR": ("sugarcrepe", "sade", "bivlc", "winoground"),
     "VQA": ("vqav2", "vizwiz", "gqa", "textvqa", "mme"),
@@ -49,19 +46,26 @@ AVERAGES = {
 TASKS = {
     task.name: task
     for task in (
-        Task("sugarcrepe", "SugarCrepe", "choice", "accuracy", read_sugarcrepe, "CR", True),
-        Task("sade", "SADE", "choice", "accuracy", read_sade, "CR"),
-        Task("bivlc", "BiVLC", "matching", "choice", read_bivlc, "CR"),
-        Task("winoground", "Winoground", "matching", "choice", read_winoground, "CR"),
-        Task("rbench", "R-Bench", "yes_no", "f1", read_rbench, None, True),
-        Task("reefknot", "Reefknot", "yes_no", "f1", read_reefknot, None),
-        Task("miniature_cr", "miniature CR", "choice", "accuracy", None, None, True),
-        Task("miniature_vqa", "miniature VQA", "choice", "accuracy", None, None, True),
+        Task("sugarcrepe", "SugarCrepe", "choice", "accuracy", read_sugarcrepe, True),
+        Task("sade", "SADE", "choice", "accuracy", read_sade),
+        Task("bivlc", "BiVLC", "matching", "choice", read_bivlc),
+        Task("winoground", "Winoground", "matching", "choice", read_winoground),
+        Task("rbench", "R-Bench", "yes_no", "f1", read_rbench, True),
+        Task("reefknot", "Reefknot", "yes_no", "f1", read_reefknot),
+        Task("miniature_cr", "miniature CR", "choice", "accuracy", None, True),
+        Task("miniature_vqa", "miniature VQA", "choice", "accuracy", None, True),
+        Task("vqav2", "VQAv2", "delegated", "score"),
+        Task("gqa", "GQA", "delegated", "score"),
+        Task("textvqa", "TextVQA", "delegated", "score"),
+        Task("vizwiz", "VizWiz", "delegated", "score"),
+        Task("mme", "MME", "delegated", "score"),
+        Task("pope", "POPE", "delegated", "score"),
     )
 }
 SHORTHANDS = {
     "miniature": ("miniature_cr", "miniature_vqa"),
     "cr": AVERAGES["CR"],
+    "vqa": AVERAGES["VQA"],
     "relations": ("rbench", "reefknot"),
 }
 
@@ -95,7 +99,7 @@ def load_items(
     """The records of a task; the place, format and size of every image is checked.
 
     Args:
-        task: one of `TASKS`.
+        task: one of `TASKS` that is not delegated.
         data: the folder that holds the task's folder; None for the miniature.
         left_out: raises or counts records that cannot be used.
         limit: only the first so many records of every subset.
