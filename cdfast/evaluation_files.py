@@ -37,6 +37,7 @@ class LeftOut:
     on_error: str = "raise"
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "skip"):
@@ -54,6 +55,10 @@ class LeftOut:
         """Raise the error, or count its record as left out."""
         if self.on_error == "raise" or error.reason in ("file unreadable", "chat template"):
             raise error
+        # An image that cannot be decoded is met again by every model.
+        if error.source in self._seen:
+            return
+        self._seen.add(error.source)
         self.counts[error.reason] += 1
         named = self.names.setdefault(error.reason, [])
         if len(named) < _NAMED:

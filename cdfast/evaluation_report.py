@@ -102,7 +102,7 @@ def _main_table(results: Results, mode: str, intervals: bool) -> Shown:
         heading.append(TASKS[name].title + (f" ({_NAMES[metric]})" if metric in _NAMES else ""))
     for group, average in groups.items():
         part = len(average["tasks"])
-        heading.append(f"{group} avg" + (f" ({part} of {average['of']})" * (part < average["of"])))
+        heading.append(f"{group} avg" + (f" ({part}/{average['of']})" * (part < average["of"])))
     rows = []
     for model, entry in results["models"].items():
         headlines = [entry["tasks"][n][mode]["metrics"][TASKS[n].headline] for n in names]

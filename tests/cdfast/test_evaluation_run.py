@@ -157,6 +157,8 @@ def test_damaged_image_is_named_or_left_out_alone(loaded, tmp_path):
         advance=told.append,
     )
     assert list(said) == ["0", "1", "3"]
+    # Another model meets the same image.
+    run(loaded, tmp_path / "c.jsonl", items, left_out=left_out)
     assert dict(left_out.counts) == {"image corrupt": 1}
     assert sum(told) == 32
     whole = run(loaded, tmp_path / "whole.jsonl")
