@@ -31,6 +31,7 @@ class Question:
         answer: the right one of them.
         pair: questions of a kind with the same number are one question asked in another order.
         source: what the image shows, compared with the training set's.
+        options: what the choices stand for, where they are letters; to understand a free reply.
     """
 
     kind: str
@@ -41,12 +42,33 @@ class Question:
     answer: str
     pair: int
     source: Any = None
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.choices)) < 2 or len(set(self.choices)) != len(self.choices):
             raise ValueError(f"choices: expected at least two, all different, got {self.choices}")
         if self.answer not in self.choices:
             raise ValueError(f"answer: expected one of {self.choices}, got {self.answer!r}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One record of a benchmark: the questions that are scored together.
+
+    Args:
+        id: unique in its task; results of several models are compared by it.
+        subsets: the subsets it belongs to, one or (R-Bench) several.
+        cluster: items with the same image or pair of images are not independent: intervals draw
+            whole clusters.
+        questions: in the order that the task's metric expects.
+        source: file and record, for errors.
+    """
+
+    id: str
+    subsets: tuple[str, ...]
+    cluster: str
+    questions: tuple[Question, ...]
+    source: str
 
 
 def miniature_suite(

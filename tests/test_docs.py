@@ -112,7 +112,28 @@ def test_memory_commands_run(command, capsys):
     assert "ZeRO teacher" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", commands_with("cdfast.evaluate"))
+def test_evaluate_commands_are_valid(command):
+    from cdfast.evaluate import command_parser
+    from cdfast.tasks import chosen_tasks
+
+    words = shlex.split(command)
+    options = command_parser().parse_args(words[words.index("cdfast.evaluate") + 1 :])
+    assert options.models
+    assert all(task.read is None or options.data for task in chosen_tasks(options.tasks or []))
+
+
+def test_every_task_and_file_is_on_the_page_of_evaluation():
+    from cdfast.tasks import SHORTHANDS, TASKS
+
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    assert all(f"`{name}`" in page for name in (*TASKS, *SHORTHANDS))
+    files = ("sade.jsonl", "examples.jsonl", "image-level_filterd.json", "YESNO.jsonl")
+    assert all(name in page for name in files)
+
+
 def test_there_are_commands_to_check():
+    assert len(commands_with("cdfast.evaluate")) >= 3
     assert len(train_commands()) >= 8
     assert len(commands_with("cdfast.memory")) >= 2
 

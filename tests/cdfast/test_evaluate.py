@@ -16,7 +16,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from cdfast import evaluate as module
+from cdfast import scoring as module
 from cdfast.encoding import Sample, encode
 from cdfast.evaluate import (
     Question,
