@@ -18,17 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cdfast.aligner import build_layout, image_token_id
-from cdfast.geometry import GeometryError, ImageGrid, image_grids, place
+from cdfast.geometry import GeometryError, ImageGrid, image_grids
 from cdfast.observe import AttentionRows, RowsAndKeys, collect_rows, observed
+from cdfast.overlay import draw_overlay
 from cdfast.prompts import (
     Prompt,
     Token,
     encode_prompts,
+    find_tokens,
     locate_tokens,
     make_prompt,
     visual_spans,
@@ -36,9 +38,6 @@ from cdfast.prompts import (
 
 # A visual token is a sink where more than this share of the rows give it a sink's attention.
 SINK_SHARE = 0.5
-# The longer side of an overlay has at least this many pixels.
-_OVERLAY_SIDE = 448
-_COLOURS = "inferno"
 
 
 @dataclass(frozen=True)
@@ -192,56 +191,8 @@ class AttentionMaps:
         return draw_overlay(self.prompt.images[image], values, grid.box, marked, limit, smooth)
 
     def find(self, token: int | str | None, word: str | None, occurrence: int | None) -> list[int]:
-        """Numbers in `tokens` of a token, a word or (neither given) the answer.
-
-        Raises:
-            ValueError: there is none, or there are several and no `occurrence`.
-        """
-        if token is not None and word is not None:
-            raise ValueError(f"token, word: expected one of them; got {token!r} and {word!r}.")
-        if isinstance(token, int):
-            if not -len(self.tokens) <= token < len(self.tokens):
-                raise ValueError(
-                    f"token: expected a number below {len(self.tokens)}, the number of text "
-                    f"tokens; got {token}."
-                )
-            return [token % len(self.tokens)]
-        if token is not None:
-            at = [[n] for n, t in enumerate(self.tokens) if t.text.strip() == token.strip()]
-            return self._choose("token", token, at, occurrence)
-        if word is not None:
-            text, size = self.prompt.text, len(word)
-            starts = [n for n in range(len(text)) if size and text.startswith(word, n)]
-            at = [self._touching(n, n + size) for n in starts if _is_whole(text, n, n + size)]
-            return self._choose("word", word, at, occurrence)
-        if self.prompt.answer is None:
-            return []
-        return self._touching(*self.prompt.answer)
-
-    def _touching(self, start: int, end: int) -> list[int]:
-        return [n for n, t in enumerate(self.tokens) if t.start < end and t.end > start]
-
-    def _choose(
-        self, name: str, wanted: str, found: list[list[int]], occurrence: int | None
-    ) -> list[int]:
-        if not found:
-            shown = ", ".join(repr(t.text) for t in self.tokens[-12:])
-            remedy = "Use word= for a text of several tokens." if name == "token" else ""
-            raise ValueError(
-                f"{name}: {wanted!r} is not in the prompt; its last tokens are {shown}. {remedy}"
-            )
-        if occurrence is None and len(found) > 1:
-            raise ValueError(
-                f"{name}: {wanted!r} is in the prompt {len(found)} times. Give occurrence=0 for "
-                "the first, -1 for the last."
-            )
-        occurrence = occurrence or 0
-        if not -len(found) <= occurrence < len(found):
-            raise ValueError(
-                f"occurrence: expected a number below {len(found)}, how often {wanted!r} is in the "
-                f"prompt; got {occurrence}."
-            )
-        return found[occurrence]
+        """Numbers in `tokens` of a token, a word or (neither given) the answer."""
+        return find_tokens(self.prompt, self.tokens, token, word, occurrence)
 
     def _rows(
         self, token: int | str | None, word: str | None, occurrence: int | None, row: str | None
@@ -297,13 +248,6 @@ class AttentionMaps:
         if isinstance(self.grids, GeometryError):
             raise GeometryError(str(self.grids))
         return self.grids[image]
-
-
-def _is_whole(text: str, start: int, end: int) -> bool:
-    """Whether no letter or digit continues a word at either end."""
-    left = start > 0 and text[start].isalnum() and text[start - 1].isalnum()
-    right = end < len(text) and text[end - 1].isalnum() and text[end].isalnum()
-    return not left and not right
 
 
 def attention_maps(
@@ -427,43 +371,3 @@ def _generate(model: PreTrainedModel, processor: Any, prompt: Prompt, max_new_to
             "or read the prompt alone (max_new_tokens=0)."
         )
     return written.strip()
-
-
-def draw_overlay(
-    picture: Image.Image,
-    values: np.ndarray,
-    box: tuple[float, float, float, float],
-    sinks: np.ndarray,
-    limit: float,
-    smooth: bool = False,
-) -> Image.Image:
-    """A grid of values in colour on the grey picture; crosses on sinks. See `overlay`."""
-    # A plotting library, which nobody needs who asks for arrays only.
-    import matplotlib
-
-    zoom = max(1, -(-_OVERLAY_SIDE // max(picture.size)))
-    size = (picture.width * zoom, picture.height * zoom)
-    box = tuple(edge * zoom for edge in box)  # type: ignore[assignment]
-    placed = place(values, box, size, smooth)
-    seen = ~np.isnan(placed)
-    share = np.clip(np.where(seen, placed, 0) / (limit or 1), 0, 1)
-    grey = np.asarray(picture.resize(size, Image.Resampling.BICUBIC).convert("L"), np.float64) / 255
-    colour = matplotlib.colormaps[_COLOURS](0.15 + 0.85 * share)[..., :3]
-    weight = (0.75 * share)[..., None]
-    blended = (1 - weight) * (0.2 + 0.8 * grey[..., None]) + weight * colour
-    blended = np.where(seen[..., None], blended, 0.25 * grey[..., None])
-    drawn = Image.fromarray((blended * 255).round().astype(np.uint8))
-    pen = ImageDraw.Draw(drawn)
-    across = (box[2] - box[0]) / values.shape[1]
-    down = (box[3] - box[1]) / values.shape[0]
-    for y, x in zip(*np.nonzero(sinks)):
-        centre = box[0] + (x + 0.5) * across, box[1] + (y + 0.5) * down
-        _cross(pen, centre, 0.3 * min(across, down))
-    return drawn
-
-
-def _cross(pen: ImageDraw.ImageDraw, centre: tuple[float, float], arm: float) -> None:
-    x, y = centre
-    for colour, width in (("black", 3), ("white", 1)):  # seen on any background
-        for slope in (1, -1):
-            pen.line((x - arm, y - slope * arm, x + arm, y + slope * arm), colour, width)

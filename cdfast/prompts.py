@@ -214,6 +214,83 @@ def _find_piece(
     return {}
 
 
+def find_tokens(
+    prompt: Prompt,
+    tokens: Sequence[Token],
+    token: int | str | None = None,
+    word: str | None = None,
+    occurrence: int | None = None,
+) -> list[int]:
+    """Numbers of a token, of all tokens that a word touches, or (neither given) of the answer's.
+
+    Args:
+        prompt, tokens: from `locate_tokens`.
+        token: a number, or the text of one token; spaces around it do not count.
+        word: characters of the text, not continued by a letter or digit at either end.
+        occurrence: which one, where there are several.
+
+    Raises:
+        ValueError: there is none, or there are several and no `occurrence`.
+    """
+    if token is not None and word is not None:
+        raise ValueError(f"token, word: expected one of them; got {token!r} and {word!r}.")
+    if isinstance(token, int):
+        if not -len(tokens) <= token < len(tokens):
+            raise ValueError(
+                f"token: expected a number below {len(tokens)}, the number of text tokens; got "
+                f"{token}."
+            )
+        return [token % len(tokens)]
+    if token is not None:
+        at = [[n] for n, t in enumerate(tokens) if t.text.strip() == token.strip()]
+        remedy = "Use word= for a text of several tokens."
+        return _choose("token", token, at, occurrence, tokens, remedy)
+    if word is not None:
+        text, size = prompt.text, len(word)
+        starts = [n for n in range(len(text)) if size and text.startswith(word, n)]
+        at = [_touching(tokens, n, n + size) for n in starts if _is_whole(text, n, n + size)]
+        return _choose("word", word, at, occurrence, tokens, "It must be there as a whole word.")
+    return [] if prompt.answer is None else _touching(tokens, *prompt.answer)
+
+
+def _touching(tokens: Sequence[Token], start: int, end: int) -> list[int]:
+    return [n for n, t in enumerate(tokens) if t.start < end and t.end > start]
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Whether no letter or digit continues a word at either end."""
+    left = start > 0 and text[start].isalnum() and text[start - 1].isalnum()
+    right = end < len(text) and text[end - 1].isalnum() and text[end].isalnum()
+    return not left and not right
+
+
+def _choose(
+    name: str,
+    wanted: str,
+    found: list[list[int]],
+    occurrence: int | None,
+    tokens: Sequence[Token],
+    remedy: str,
+) -> list[int]:
+    if not found:
+        shown = ", ".join(repr(t.text) for t in tokens[-12:])
+        raise ValueError(
+            f"{name}: {wanted!r} is not in the prompt; its last tokens are {shown}. {remedy}"
+        )
+    if occurrence is None and len(found) > 1:
+        raise ValueError(
+            f"{name}: {wanted!r} is in the prompt {len(found)} times. Give occurrence=0 for the "
+            "first, -1 for the last."
+        )
+    occurrence = occurrence or 0
+    if not -len(found) <= occurrence < len(found):
+        raise ValueError(
+            f"occurrence: expected a number below {len(found)}, how often {wanted!r} is in the "
+            f"prompt; got {occurrence}."
+        )
+    return found[occurrence]
+
+
 def visual_spans(positions: Tensor, counts: Sequence[int], images: int) -> list[tuple[int, int]]:
     """First and last position of each image's visual tokens, which follow one another.
 

@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cdfast
 from cdfast.geometry import GeometryError
 from cdfast.images import DataError
-from cdfast.maps import attention_maps, batch_attention_maps, draw_overlay
+from cdfast.maps import attention_maps, batch_attention_maps
 from cdfast.observe import AttentionRows, observed
+from cdfast.overlay import draw_overlay
 from cdfast.prompts import encode_prompts, make_prompt
 from tests.cdfast.test_attention import bloom
 from tests.cdfast.tiny_families import (
