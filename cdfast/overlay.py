@@ -20,7 +20,7 @@ def draw_overlay(
     limit: float,
     smooth: bool = False,
 ) -> Image.Image:
-    """A grid of values in colour on the grey picture; crosses on sinks. See `AttentionMaps.overlay`."""
+    """A grid of values in colour on the grey picture, with crosses on sinks."""
     # A plotting library, which nobody needs who asks for arrays only.
     import matplotlib
 
