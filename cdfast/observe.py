@@ -127,20 +127,25 @@ def take_rows(
     call: AttentionCall, wanted: RowsAndKeys, layout: VisualLayout
 ) -> list[AttentionRows]:
     """`AttentionRows` of every sample of a batch, copied from one layer's attention."""
-    taken, device = [], call.q.device
-    for sample, (rows, keys) in enumerate(zip(wanted.rows, wanted.keys)):
-        rows, keys = rows.to(device), keys.to(device)
-        taken.append(
-            AttentionRows(
-                # Indexing copies: nothing of the batch's own q and k is kept alive.
-                q=call.q[sample, rows],
-                k=call.k[sample, keys],
-                lse=call.lse[sample][:, rows],
-                visible=visible(layout, sample, rows, keys),
-                scale=call.scale,
-            )
-        )
-    return taken
+    device = call.q.device
+    return [
+        take_sample(call, sample, rows.to(device), keys.to(device), layout)
+        for sample, (rows, keys) in enumerate(zip(wanted.rows, wanted.keys))
+    ]
+
+
+def take_sample(
+    call: AttentionCall, sample: int, rows: Tensor, keys: Tensor, layout: VisualLayout
+) -> AttentionRows:
+    """`AttentionRows` of one sample; rows and keys are on the attention's device."""
+    return AttentionRows(
+        # Indexing copies: nothing of the batch's own q and k is kept alive.
+        q=call.q[sample, rows],
+        k=call.k[sample, keys],
+        lse=call.lse[sample][:, rows],
+        visible=visible(layout, sample, rows, keys),
+        scale=call.scale,
+    )
 
 
 def visible(layout: VisualLayout, sample: int, rows: Tensor, keys: Tensor) -> Tensor:
