@@ -15,7 +15,7 @@ from cdfast.config import ConfigError
 from cdfast.images import DataError
 from cdfast.substitution import Substitution
 from cdfast.suites import miniature_suite
-from tests.cdfast.tiny_families import llava, photo
+from tests.cdfast.tiny_families import llava, photo, qwen, smolvlm
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 MATCHES = {0: (0, 1), 1: (1, 2), 2: (2, 3)}
@@ -276,6 +276,31 @@ def test_options_of_the_substitution_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             Substitution({}, None, None, **options)
+
+
+@pytest.mark.parametrize("make", [qwen, smolvlm], ids=lambda f: f.__name__)
+def test_other_families_equal_eager_attention(make):
+    model, processor = make()
+    encoded = encode_cases(processor, CASES, image_token_id(model), "all")
+    for one, target in zip(CASES, encoded.targets):
+        assert processor.tokenizer.decode(target).strip() == one.answer
+    own = {0: (0,), 1: (1,), 2: (2,)}
+    measured = measure(
+        {"teacher": model, "student": model}, encoded, Plan({"student": own}, own, own)
+    )
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**encoded.batch, output_attentions=True, use_cache=False)
+    for sample, found in enumerate(measured):
+        rows, visual = encoded.answer_rows[sample], encoded.layout.visual[sample]
+        want = [a[sample, :, rows][..., visual].mean(0).sum(-1).mean() for a in out.attentions]
+        np.testing.assert_allclose(found["attention"]["student"]["visual"], want, atol=1e-5)
+        scores = out.logits[sample, rows].log_softmax(-1)
+        own_score = scores.gather(1, encoded.targets[sample][:, None]).mean().exp().item()
+        assert found["answers"]["student"]["probability"] == pytest.approx(own_score, rel=1e-4)
+        np.testing.assert_allclose(found["similarity"]["student"]["visual"], 1, atol=1e-5)
+        plain = found["answers"]["student"]["probability"]
+        assert found["substitution"]["1"]["probability"] != pytest.approx(plain, rel=1e-5)
 
 
 # -- cases -----------------------------------------------------------------------------------------
