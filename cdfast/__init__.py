@@ -4,6 +4,7 @@
 `AutoModelForImageTextToText.from_pretrained` loads its checkpoints.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -15,6 +16,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from cdfast import maps as maps
     from cdfast.aligner import VisualAttentionAligner
     from cdfast.trainer import DistillationConfig, DistillationTrainer
 
@@ -34,4 +36,6 @@ def __getattr__(name: str) -> Any:
         from cdfast import trainer
 
         return getattr(trainer, name)
+    if name == "maps":
+        return importlib.import_module("cdfast.maps")
     raise AttributeError(f"module 'cdfast' has no attribute {name!r}")

@@ -10,9 +10,9 @@ computes stock attention, so it generates and evaluates as before.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cdfast_kernels import (
@@ -44,6 +44,23 @@ _ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 _UNSUPPORTED_ARGUMENTS = ("softcap", "sliding_window", "position_bias", "s_aux")
 
 
+class AttentionCall(NamedTuple):
+    """One layer's attention, handed to a probe: q (B, N, H, d), k, v (B, N, Hk, d), out as q, and
+    lse (B, H, N), the natural log over all visible keys."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    scale: float
+
+
+# Looks at a layer's attention, and returns the output that the model goes on with.
+Probe = Callable[[AttentionCall], Tensor]
+
+
 @dataclass(eq=False)
 class AlignmentContext:
     """One batch's passage through one model: what its layers need, and what they hand back.
@@ -55,6 +72,7 @@ class AlignmentContext:
             the map or the loss is computed beside that attention, by the backend "auto".
         map_layers: layers whose visual attention map is collected into `maps` (teacher).
         targets: student layer -> teacher target; such a layer returns its loss into `losses`.
+        probes: layer -> what is called with its fused attention (analysis; no other use of it).
     """
 
     layout: VisualLayout
@@ -62,6 +80,7 @@ class AlignmentContext:
     backend: str = "auto"
     map_layers: frozenset[int] = frozenset()
     targets: dict[int, VisualMap] = field(default_factory=dict)
+    probes: dict[int, Probe] = field(default_factory=dict)
     maps: dict[int, VisualMap] = field(default_factory=dict, init=False)
     losses: dict[int, Tensor] = field(default_factory=dict, init=False)
     with_grad: bool = field(default_factory=torch.is_grad_enabled, init=False)
@@ -112,7 +131,8 @@ def cdfast_attention_forward(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     target = alignment.targets.get(layer)
     layout = alignment.layout
-    if target is None and layer not in alignment.map_layers:
+    probe = alignment.probes.get(layer)
+    if target is None and probe is None and layer not in alignment.map_layers:
         # Right padding needs no mask: a live row sees only keys at or before itself, all live.
         mask = None if layout.is_prefix_causal else alignment.dense_mask()
         return _stock_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
@@ -125,7 +145,11 @@ def cdfast_attention_forward(
     attention = {**options, "layout": layout, "backend": alignment.backend}
     if target is None:
         out, lse = flash_attention(q, k, v, **attention)
-        alignment.maps[layer] = visual_attention_map(q, k, lse, layout, **options)
+        if layer in alignment.map_layers:
+            alignment.maps[layer] = visual_attention_map(q, k, lse, layout, **options)
+        if probe is not None:
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            out = probe(AttentionCall(layer, q, k, v, out, lse, scale))
         return out, None
 
     if alignment.with_grad and not torch.is_grad_enabled():

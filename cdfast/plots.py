@@ -50,7 +50,8 @@ def number(value: Any) -> float:
     return float(value) if finite else math.nan
 
 
-def _style(name: str) -> Any:
+def figure_style(name: str) -> Any:
+    """The style of all figures, within a `with`; ids of an SVG depend on `name`."""
     return matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}])
 
 
@@ -85,7 +86,7 @@ def accuracy_figure(
         label: the figure in words.
     """
     first = columns[0][1]
-    with _style(name):
+    with figure_style(name):
         figure = Figure(figsize=(10, 0.9 + 2.7 * len(groups)), layout="constrained")
         axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
         for ax, (group, kinds) in zip(axes, groups.items()):
@@ -158,7 +159,7 @@ def loss_figure(
         for loss in LOSSES
         if any(math.isfinite(number(e.get(loss))) for log in runs.values() for e in log)
     ]
-    with _style(name):
+    with figure_style(name):
         figure = Figure(figsize=(10, 1.1 + 1.8 * len(present)), layout="constrained")
         axes = figure.subplots(len(present), 1, squeeze=False, sharex=True)[:, 0]
         for ax, loss in zip(axes, present):
@@ -222,7 +223,7 @@ def similarity_figure(
     parts = [part for part in ("before", "after") if similarity.get(part, {}).get("layers")]
     grids = [[[number(v) for v in row] for row in similarity[part]["layers"]] for part in parts]
     rows, columns = len(grids[0]), len(grids[0][0])
-    with _style(name):
+    with figure_style(name):
         height = min(max(1.7 + 0.36 * rows, 2.6), 7)
         figure = Figure(figsize=(10, height), layout="constrained")
         axes = figure.subplots(1, len(parts), squeeze=False)[0]
@@ -263,7 +264,7 @@ def matched_figure(name: str, runs: Mapping[str, Mapping[str, Any]], label: str)
         label: the figure in words.
     """
     layers = sorted({int(k) for s in runs.values() for k in s["after"]["matched"]})
-    with _style(name):
+    with figure_style(name):
         figure = Figure(figsize=(10, 3.3), layout="constrained")
         ax = figure.subplots()
         width = min(0.8 / len(runs), 0.25)

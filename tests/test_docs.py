@@ -1,5 +1,6 @@
 """Code and commands of README and docs/: run if small, parsed and dry-run if they need models."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,11 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
+]
 
 
 def blocks(language, page="README.md"):
@@ -132,8 +137,77 @@ def test_every_task_and_file_is_on_the_page_of_evaluation():
     assert all(name in page for name in files)
 
 
+def test_maps_examples_run(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from tests.cdfast.tiny_families import llava, photo
+
+    monkeypatch.chdir(tmp_path)
+    model, processor = llava()
+    pictures = {"image": photo(60, 40), "second": photo(40, 60, 1)}
+    namespace = {"model": model, "processor": processor, **pictures}
+    for example in blocks("python", "docs/analysis.md"):
+        exec(example, namespace)
+    assert namespace["grid"].shape == (6, 6)
+    assert (namespace["grid"] != namespace["one_head"]).any()
+    assert namespace["answer"].shape == namespace["sinks"].shape == (72,)
+    for name in ("cat.png", "answer.png"):
+        assert max(Image.open(tmp_path / name).size) >= 448
+
+
+@pytest.mark.parametrize("command", commands_with("cdfast.analyze"))
+def test_analyze_commands_run(command, tmp_path, monkeypatch, capsys):
+    """As written, on small models and few questions."""
+    import json
+
+    from cdfast.analyze import main
+    from cdfast.synthetic import build_miniature_model, make_processor, miniature_configs
+    from tests.cdfast.tiny_families import llava, photo
+
+    monkeypatch.chdir(tmp_path)
+    build_miniature_model(miniature_configs()[0], 0).save_pretrained("runs/miniature/model")
+    make_processor().save_pretrained("runs/miniature/model")
+    for name in ("llava", "student", "sft"):
+        model, processor = llava(layers=12, hidden=16, heads=2, kv_heads=2)
+        model.save_pretrained(f"path/to/{name}")
+        processor.save_pretrained(f"path/to/{name}")
+    (tmp_path / "images").mkdir()
+    photo(60, 40).save("images/a.png")
+    turns = [{"from": "human", "value": "<image>\nIs it left?"}, {"from": "gpt", "value": "no"}]
+    Path("questions.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    words = shlex.split(command)
+    few = ["--per-kind", "1", "--vqa-per-kind", "1", "--resamples", "10", "--overlays", "1"]
+    assert main([*words[words.index("cdfast.analyze") + 1 :], *few]) == 0
+    assert "runs/analysis/analysis.json" in capsys.readouterr().out
+    content = json.loads(Path("runs/analysis/analysis.json").read_text())
+    assert set(content["substitution"]["all"]) == {"0", "0.5", "1"}
+    assert ("baseline" in content["models"]) == ("--baseline" in command)
+
+
+def test_options_of_the_analysis_in_its_page_are_its_own():
+    from cdfast.analyze import _parser
+
+    page = (ROOT / "docs" / "analysis.md").read_text()
+    named = set(re.findall(r"`(--[a-z-]+)", page))
+    assert named <= {name for action in _parser()._actions for name in action.option_strings}
+    assert len(named) >= 12
+
+
+@pytest.mark.parametrize("command", commands_with("benchmarks"))
+def test_benchmark_commands_are_valid(command):
+    """Modules that exist, options that they know."""
+    words = shlex.split(command.split("-m ", 1)[1])
+    name = "benchmarks.__main__" if words[0] == "benchmarks" else words[0]
+    module = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        (module.parser().parse_args if hasattr(module, "parser") else module.parse)(words[1:])
+
+
 def test_there_are_commands_to_check():
+    assert len(commands_with("cdfast.analyze")) >= 2
     assert len(commands_with("cdfast.evaluate")) >= 3
+    assert len(commands_with("benchmarks")) >= 12
     assert len(train_commands()) >= 8
     assert len(commands_with("cdfast.memory")) >= 2
 
