@@ -93,12 +93,16 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--budget-minutes", type=float, default=1.0, help="shared by the layouts")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
     arguments = sys.argv[1:] if argv is None else argv
     report = start("layout", "cpu", "benchmarks.bench_layout", arguments)
     path = result_path("layout", "cpu", options.output)

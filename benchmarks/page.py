@@ -269,15 +269,19 @@ def pages(folder: Path) -> dict[Path, str]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.page", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page is stale")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
     if not options.results.is_dir():
-        parser.error(f"--results: expected a folder; got {str(options.results)!r}.")
+        sys.exit(f"--results: expected a folder; got {str(options.results)!r}.")
     try:
         wanted = pages(options.results)
     except BrokenResult as error:

@@ -216,13 +216,17 @@ def rendered(readme: str, results: list[Result]) -> str:
     return readme
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.readme", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--add-run", type=Path, metavar="DIR")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
     if options.add_run:
         print(f"written: {take_run(options.add_run)}")
     readme = README.read_text(encoding="utf-8")
