@@ -124,10 +124,10 @@ class Probe:
 
     def _similarity(self, trainer: Any) -> dict[str, float]:
         """Empty where it is not available, and until adaptive matching has chosen layers."""
-        matches = self.compared_layers(trainer)
-        if self.unavailable(trainer) or not matches:
-            return {}
         teacher = trainer.teacher if trainer.teacher is not None else self.teacher
+        matches = self.compared_layers(trainer)
+        if teacher is None or not matches or not self.samples:
+            return {}
         wanted = frozenset(layer for window in matches.values() for layer in window)
         sums = dict.fromkeys(matches, 0.0)
         batches = range(0, len(self.samples), SIMILARITY_BATCH)
