@@ -151,7 +151,7 @@ def _score_batch(
     return results
 
 
-@torch.no_grad()  # not inference_mode: ZeRO-3 keeps parameters that it gathers here for training
+@torch.inference_mode()
 def evaluate(
     model: Any,
     processor: Any,

@@ -24,6 +24,10 @@ from matplotlib.ticker import LogLocator
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 TEACHER_COLOUR = "#767676"
+EVALUATION_SCALES = {
+    "eval_loss": "held-out loss\n(weighted sum)",
+    "eval_similarity/mean": "attention similarity\n(mean cosine)",
+}
 LOSSES = {"loss_lm": "LM loss", "loss_kl": "KL loss", "loss_alignment": "alignment loss"}
 # A log scale where the largest value is at least this many times the smallest.
 LOG_SCALE_FROM = 5
@@ -189,6 +193,50 @@ def loss_figure(
         _mark_stages(axes, stages)
         axes[-1].set_xlabel("optimizer step (all stages)")
         figure.suptitle("Training losses")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        return _svg(figure, name, label)
+
+
+def evaluation_figure(
+    name: str,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    panels: Sequence[str],
+    stages: Sequence[tuple[int, str]],
+    label: str,
+) -> str:
+    """One panel per quantity that was measured during training, one line per run.
+
+    Args:
+        name: prefix of the ids.
+        runs: run -> evaluations, with their `total_step` over all stages.
+        panels: names of the quantities in the evaluations; others than those of
+            `EVALUATION_SCALES` are accuracies.
+        stages: (first step, label) of the main run's stages.
+        label: the figure in words.
+    """
+    with _style(name):
+        figure = Figure(figsize=(10, 1.1 + 1.8 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+        for ax, field in zip(axes, panels):
+            for index, (run, log) in enumerate(runs.items()):
+                ax.plot(
+                    [number(entry["total_step"]) for entry in log],
+                    [number(entry.get(field)) for entry in log],
+                    label=run,
+                    color=RUN_COLOURS[index % len(RUN_COLOURS)],
+                    ls=LINE_STYLES[index % len(LINE_STYLES)],
+                    lw=1.5,
+                    marker="o" if len(log) <= 100 else "",
+                    markersize=2.5,
+                )
+            accuracy = field.removeprefix("eval_") + "\n(share answered right)"
+            ax.set_ylabel(EVALUATION_SCALES.get(field, accuracy))
+            ax.grid(color="#dddddd")
+        axes[0].set_xlim(left=0)
+        _mark_stages(axes, stages)
+        axes[-1].set_xlabel("optimizer step (all stages)")
+        figure.suptitle("Held-out questions and samples during training")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
         return _svg(figure, name, label)
