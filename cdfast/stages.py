@@ -210,7 +210,8 @@ def held_out(run: Run) -> Any:
         from cdfast.synthetic import EncodedScenes, SceneDataset
 
         mix = stage_dataset(run, number).scenes.turns_mix
-        return EncodedScenes(SceneDataset("validation", size=64, turns_mix=mix), run.processor)
+        size = max(64, recipe.eval_samples)
+        return EncodedScenes(SceneDataset("validation", size=size, turns_mix=mix), run.processor)
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -318,12 +319,31 @@ def test_the_last_similarity_is_that_of_the_report(run):
         assert last[f"eval_similarity/layer_{layer}"] == pytest.approx(value, abs=1e-4)
 
 
+def test_the_report_draws_every_stage_and_lists_the_numbers(run):
+    page = (run[0] / "report.html").read_text()
+    start = page.index('<section aria-labelledby="evaluation-during-training"')
+    section = page[start : page.index("</section>", start)]
+    assert "<svg" in section
+    for stage in run[1]["stages"]:
+        for entry in stage["evaluations"]:
+            assert f"<td>{entry['eval_similarity/mean']:.3f}</td>" in section
+            assert f"<td>{entry['eval_loss']:.3f}</td>" in section
+    assert "similarity/layer_1" in section
+    assert re.findall(r'<td class="text">(\d \w+)</td>', section) == [
+        stage for stage in ("1 dft", "2 sft", "3 dft") for _ in range(2)
+    ]
+    seconds = run[1]["stages"][0]["evaluation_seconds"]
+    assert f"<td>{seconds:.1f}</td>" in page
+
+
 def test_a_run_without_evaluation_ends_with_the_same_student(run, paths, tmp_path):
     main([str(recipe_file(tmp_path)), *options(paths, tmp_path / "run")])
     ours, theirs = (folder / "model" / "model.safetensors" for folder in (run[0], tmp_path / "run"))
     assert ours.read_bytes() == theirs.read_bytes()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert not any("evaluat" in key for stage in results["stages"] for key in stage)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Evaluation during training" not in page
 
 
 def test_what_cannot_be_compared_is_named_once(paths, tmp_path, capsys):
