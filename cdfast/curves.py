@@ -33,6 +33,8 @@ def evaluation_section(
         {n for log in runs.values() for entry in log for n in entry if "similarity/layer_" in n},
         key=lambda name: int(name.rpartition("_")[2]),
     )
+    main = next(iter(runs.values()))
+    drawn = [layer for layer in layers if any(layer in entry for entry in main)]
     columns = [*panels, *layers]
     every = max(math.ceil(len(log) / ROWS) for log in runs.values())
     rows = [
@@ -47,17 +49,17 @@ def evaluation_section(
         for name, log in runs.items()
     )
     return figure(
-        evaluation_figure("evaluations", runs, panels, stages, f"During training. Last {last}"),
-        "Measured every eval_steps steps: loss of held-out samples with the weights of the stage, "
-        "answers to a small part of the validation questions, and similarity of student and "
-        "teacher attention in the matched layers (text rows), where a teacher is loaded. The "
+        evaluation_figure("evaluations", runs, panels, drawn, stages, f"In training. Last {last}"),
+        "Measured every eval_steps steps: loss of held-out samples, answers to a small part of the "
+        "validation questions, and similarity of student and teacher attention in the matched "
+        "layers (text rows), where a teacher is loaded. The "
         "accuracy table above is of the test questions, at the end.",
         table(caption, heading, rows, left=(2,)),
     )
 
 
 def _panels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """What has a curve: accuracies by group, mean similarity, the loss, as far as there are any."""
+    """What has a curve, of accuracies by group, mean similarity and LM loss."""
     names = dict.fromkeys(
         name
         for log in runs.values()
@@ -72,7 +74,7 @@ def _panels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     ]
     # Rates of an evaluation without a probe are no accuracies.
     groups = [name for name in groups if not name.endswith("_per_second")]
-    return [*groups, *(name for name in (MEAN, "eval_loss") if name in names)]
+    return [*groups, *(name for name in (MEAN, "eval_loss_lm") if name in names)]
 
 
 def _last(log: Sequence[Mapping[str, Any]], name: str) -> str:

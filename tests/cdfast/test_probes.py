@@ -327,7 +327,7 @@ def test_the_report_draws_every_stage_and_lists_the_numbers(run):
     for stage in run[1]["stages"]:
         for entry in stage["evaluations"]:
             assert f"<td>{entry['eval_similarity/mean']:.3f}</td>" in section
-            assert f"<td>{entry['eval_loss']:.3f}</td>" in section
+            assert f"<td>{entry['eval_loss_lm']:.3f}</td>" in section
     assert "similarity/layer_1" in section
     assert re.findall(r'<td class="text">(\d \w+)</td>', section) == [
         stage for stage in ("1 dft", "2 sft", "3 dft") for _ in range(2)
