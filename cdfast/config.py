@@ -64,6 +64,7 @@ _ARGUMENT_LIMITS: dict[str, dict[str, float]] = {
     "adam_beta2": {"at_least": 0, "below": 1},
     "adam_epsilon": {"above": 0},
     "label_smoothing_factor": {"at_least": 0, "below": 1},
+    "eval_steps": {"above": 0},
     "logging_steps": {"above": 0},
     "save_steps": {"above": 0},
     "save_total_limit": {"at_least": 1},
@@ -215,6 +216,24 @@ class Recipe:
     evaluate: str | None = _option(None, "Evaluation after training: 'miniature', or none.")
     evaluate_per_kind: int = _option(300, "Caption pairs per question kind.", at_least=1)
     evaluate_vqa_per_kind: int = _option(150, "Recognition questions per kind.", at_least=1)
+    eval_data: list[str] = _option(
+        [],
+        "Held-out files for evaluation during training (--eval-steps) and for attention similarity "
+        "at the end; embedded data has scenes of its own for that.",
+    )
+    eval_image_root: list[str] = _option([], "Image roots of eval_data; default: the recipe's.")
+    eval_samples: int = _option(
+        32,
+        "Held-out samples whose attention is compared with the teacher's in each evaluation during "
+        "training; 0: none.",
+        at_least=0,
+    )
+    eval_questions: int | None = _option(
+        None,
+        "Questions per kind of the suite of `evaluate` in each evaluation during training (a pair "
+        "of captions counts as one); 0: none. Default: 20 where there is a suite.",
+        at_least=0,
+    )
     seed: int = _option(0, "Seed of weights, data and order.", at_least=0, below=2**32)
     output_dir: str | None = _option(None, "Where the run goes; default: a new folder in runs/.")
     arguments: dict[str, Any] = _option({}, "transformers.TrainingArguments for every stage.")
@@ -250,6 +269,12 @@ class Recipe:
         _choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
         if self.evaluate is not None:
             _choice("evaluate", self.evaluate, (MINIATURE,))
+        elif self.eval_questions:
+            raise ConfigError(
+                f"eval_questions: expected none, because the recipe names no suite to take them "
+                f"from; got {self.eval_questions}. Give --evaluate {MINIATURE}, or leave "
+                "--eval-questions out."
+            )
 
     def check_runnable(self) -> None:
         """Raise ConfigError if something that a run needs is missing or contradictory."""

@@ -228,7 +228,7 @@ class ShortPrinter(PrinterCallback):
 
 def printed(logs: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a log entry that is printed."""
-    return {name: value for name, value in logs.items() if name not in _NOT_PRINTED}
+    return {n: value for n, value in logs.items() if n not in _NOT_PRINTED and "/layer_" not in n}
 
 
 def shorten_progress(handler: Any) -> None:

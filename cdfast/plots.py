@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,6 +25,10 @@ from matplotlib.ticker import LogLocator
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 TEACHER_COLOUR = "#767676"
+EVALUATION_SCALES = {
+    "eval_loss_lm": "held-out LM loss\n(nats per answer token)",
+    "eval_similarity/mean": "attention similarity\n(mean cosine)",
+}
 LOSSES = {"loss_lm": "LM loss", "loss_kl": "KL loss", "loss_alignment": "alignment loss"}
 # A log scale where the largest value is at least this many times the smallest.
 LOG_SCALE_FROM = 5
@@ -193,6 +198,73 @@ def loss_figure(
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
         return _svg(figure, name, label)
+
+
+def evaluation_figure(
+    name: str,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    panels: Sequence[str],
+    layers: Sequence[str],
+    stages: Sequence[tuple[int, str]],
+    label: str,
+) -> str:
+    """One panel per quantity that was measured during training, one line per run.
+
+    Below them, if there are any, the matched layers of the main run, one line per layer.
+
+    Args:
+        name: prefix of the ids.
+        runs: run -> evaluations, with their `total_step` over all stages.
+        panels: names of the quantities in the evaluations; others than those of
+            `EVALUATION_SCALES` are accuracies.
+        layers: names of the similarities of the main run's layers.
+        stages: (first step, label) of the main run's stages.
+        label: the figure in words.
+    """
+    count = len(panels) + bool(layers)
+    with _style(name):
+        figure = Figure(figsize=(10, 1.1 + 1.8 * count), layout="constrained")
+        axes = figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
+        for ax, field in zip(axes, panels):
+            for index, (run, log) in enumerate(runs.items()):
+                ax.plot(
+                    [number(entry["total_step"]) for entry in log],
+                    [number(entry.get(field)) for entry in log],
+                    label=run,
+                    color=RUN_COLOURS[index % len(RUN_COLOURS)],
+                    ls=LINE_STYLES[index % len(LINE_STYLES)],
+                    lw=1.5,
+                    marker="o" if len(log) <= 100 else "",
+                    markersize=2.5,
+                )
+            accuracy = field.removeprefix("eval_") + "\n(share answered right)"
+            ax.set_ylabel(EVALUATION_SCALES.get(field, accuracy))
+            if field not in EVALUATION_SCALES:
+                ax.set_ylim(0, 1.02)
+            ax.grid(color="#dddddd")
+        if layers:
+            _layer_lines(axes[-1], *next(iter(runs.items())), layers)
+        axes[0].set_xlim(left=0)
+        _mark_stages(axes, stages)
+        axes[-1].set_xlabel("optimizer step (all stages)")
+        figure.suptitle("Held-out questions and samples during training")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        return _svg(figure, name, label)
+
+
+def _layer_lines(
+    ax: Axes, run: str, log: Sequence[Mapping[str, Any]], layers: Sequence[str]
+) -> None:
+    steps = [number(entry["total_step"]) for entry in log]
+    shades = matplotlib.colormaps["cividis"].resampled(len(layers) + 1)
+    for index, field in enumerate(layers):
+        values = [number(entry.get(field)) for entry in log]
+        layer = field.rpartition("_")[2]
+        ax.plot(steps, values, color=shades(index), lw=1.2, label=f"layer {layer}")
+    ax.set_ylabel(f"similarity per layer\n({run})")
+    ax.grid(color="#dddddd")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, ncols=1 + len(layers) // 9)
 
 
 def _mark_stages(axes: Iterable[Axes], stages: Sequence[tuple[int, str]]) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cdfast.curves import evaluation_section
 from cdfast.page import MISSING, details, figure, fixed, general, listed, option, page, table, text
 
 REPORT_FILE = "report.html"
@@ -69,6 +70,10 @@ def write_report(folder: Path, results: Results) -> Path:
         "Comparison of runs": _comparison(results) if len(results) > 1 else "",
         "Accuracy": _accuracy(results),
         "Training losses": _losses(results),
+        "Evaluation during training": evaluation_section(
+            {name: total_log(run, "evaluations") for name, run in results.items()},
+            stage_starts(next(iter(results.values()))),
+        ),
         "Attention similarity": _similarity(results),
         "Recipe and environment": "".join(_setup(name, run) for name, run in results.items()),
     }
@@ -225,10 +230,6 @@ def _losses(results: Results) -> str:
         return ""
     main = next(iter(results.values()))
     recipe = main.get("recipe", {})
-    starts, steps = [], 0
-    for index, stage in enumerate(main.get("stages", []), 1):
-        starts.append((steps, f"{index} {stage.get('stage')}"))
-        steps += stage.get("steps") or 0
     unit = _ALIGNMENT_UNITS.get(recipe.get("objective") or "", "1 − cosine")
     if (recipe.get("layer_reduction") or recipe.get("preset")) in ("sum", "official"):
         unit += ", sum over layers"
@@ -246,7 +247,9 @@ def _losses(results: Results) -> str:
         for name, log in logs.items()
     )
     return figure(
-        loss_figure("losses", logs, starts, unit, f"Training losses. At the end {last}"),
+        loss_figure(
+            "losses", logs, stage_starts(main), unit, f"Training losses. At the end {last}"
+        ),
         "Each loss before its weight, mean over the steps since the entry before. Dotted lines: a "
         f"stage {'of the main run ' if len(results) > 1 else ''}begins.",
         table(caption, [*heading, "gradient norm"], rows),
@@ -361,10 +364,12 @@ def _throughput(stages: list[dict[str, Any]]) -> str:
             fixed(stage.get("mfu")),
             stage.get("mfu_of") or MISSING,
             f"{peak / 2**30:.2f}" if peak else MISSING,
+            fixed(stage.get("evaluation_seconds"), 1),
         ]
         if any(map(_known, [*cells, *shares])):
             rows.append([f"{index} {stage.get('stage')}", *cells, *shares])
     heading = ["stage", "tokens/s", "samples/s", "MFU", "of", "peak memory (GiB)"]
+    heading.append("evaluation (s), in no rate")
     caption = "Throughput over all processes, and shares of the time of a step"
     return table(caption, [*heading, *PHASES], rows, left=(4,)) if rows else ""
 
@@ -455,12 +460,25 @@ def _matched_change(run: Run) -> str:
     return " → ".join(fixed(matched_mean(run, part)) for part in BEFORE_AFTER)
 
 
-def total_log(run: Run) -> list[dict[str, Any]]:
-    """The log entries of all stages, with their `stage` and a `total_step` that counts through."""
+def stage_starts(run: Run) -> list[tuple[int, str]]:
+    """(first step, label) of the stages of a run, counted through."""
+    starts, steps = [], 0
+    for index, stage in enumerate(run.get("stages", []), 1):
+        starts.append((steps, f"{index} {stage.get('stage')}"))
+        steps += stage.get("steps") or 0
+    return starts
+
+
+def total_log(run: Run, kind: str = "log") -> list[dict[str, Any]]:
+    """The entries of all stages, with their `stage` and a `total_step` that counts through.
+
+    Args:
+        kind: "log", or "evaluations" during training.
+    """
     entries, before = [], 0
     for index, stage in enumerate(run.get("stages", []), 1):
         label = f"{index} {stage.get('stage')}"
-        for entry in stage.get("log", []):
+        for entry in stage.get(kind, []):
             entries.append({**entry, "total_step": before + entry["step"], "stage": label})
         before += stage.get("steps") or 0
     return entries

@@ -19,11 +19,11 @@ from cdfast.collator import VisionTextCollator
 from cdfast.config import Recipe
 from cdfast.matching import Matches
 from cdfast.models import load_model, teacher_source
+from cdfast.probes import SIMILARITY_BATCH, samples_with_image
 from cdfast.similarity import layer_similarity, matched_similarity
 
 _PACKAGES = ("cdfast", "torch", "transformers", "accelerate", "peft", "triton", "numpy")
 PROBE_SAMPLES = 32
-PROBE_BATCH = 4
 
 
 def run_environment(processes: int, stages: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -56,15 +56,11 @@ def run_environment(processes: int, stages: Sequence[dict[str, Any]] = ()) -> di
 
 def probe_batches(samples: Any, pad_token_id: int) -> list[dict[str, Any]]:
     """The first samples of a data set that have an image, in small batches without labels."""
-    chosen: list[Any] = []
-    for i in range(len(samples)):
-        if len(chosen) == PROBE_SAMPLES:
-            break
-        sample = samples[i]
-        if sample["images"]:
-            chosen.append(sample)
+    chosen = samples_with_image(samples, PROBE_SAMPLES)
     collate = VisionTextCollator(pad_token_id)
-    batches = [collate(chosen[i : i + PROBE_BATCH]) for i in range(0, len(chosen), PROBE_BATCH)]
+    batches = [
+        collate(chosen[i : i + SIMILARITY_BATCH]) for i in range(0, len(chosen), SIMILARITY_BATCH)
+    ]
     return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
 
 

@@ -158,6 +158,8 @@ class ResumableTrainer(Trainer):
             require_same_layout(checkpoint, self.args.zero_stage)
         if checkpoint and self.aligner is not None and (checkpoint / ALIGNMENT_FILE).exists():
             self.aligner.load_state_dict(json.loads((checkpoint / ALIGNMENT_FILE).read_text()))
+        if checkpoint:
+            self.args.eval_on_start = False  # the start is in the log of the run that is resumed
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -28,6 +28,7 @@ from cdfast.engine import full_state_dict, release_engine
 from cdfast.export import write_student
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import check_models, load_config, load_model, teacher_source
+from cdfast.probes import Probe, matched_layers, probe_questions, samples_with_image
 from cdfast.storage import staged_folder, together, write_text
 
 STAGE_FILE = "stage.json"
@@ -104,6 +105,11 @@ def check_stages(run: Run) -> None:
                 raise ConfigError(
                     f"image_root: {where}: expected a folder; got {path!r}. Give --image-root."
                 )
+    for path in run.recipe.eval_data:
+        if not Path(path).is_file():
+            raise ConfigError(
+                f"eval_data: expected an existing file; got {path!r}. Give --eval-data FILE."
+            )
     check_options(run)
     reason = available_backends().get(run.recipe.backend)
     if reason and any(stage.alignment_weight for stage in run.recipe.stages):
@@ -119,9 +125,24 @@ def check_options(run: Run) -> None:
     check_models(run.recipe)
     with user_errors():
         for number in range(1, len(run.recipe.stages) + 1):
-            stage_arguments(run, number)
+            _check_evaluation(run, number, stage_arguments(run, number))
         if any(stage.alignment_weight for stage in run.recipe.stages):
             _check_alignment(run.recipe)
+
+
+def _check_evaluation(run: Run, number: int, arguments: Any) -> None:
+    recipe = run.recipe
+    if evaluates(arguments) and not (recipe.eval_data or uses_scenes(recipe, len(recipe.stages))):
+        raise ConfigError(
+            f"eval_data: stage {number} ({recipe.stages[number - 1].stage}) evaluates during "
+            "training, so files that it does not train on are expected; got none. Give "
+            "--eval-data FILE, or leave --eval-steps, --eval-strategy and --eval-on-start out."
+        )
+
+
+def evaluates(arguments: Any) -> bool:
+    """Whether a trainer with these arguments evaluates while it trains."""
+    return arguments.eval_strategy != "no" or arguments.eval_on_start
 
 
 def _check_alignment(recipe: Recipe) -> None:
@@ -161,8 +182,12 @@ def stage_dataset(run: Run, number: int) -> Any:
             "train", seed=recipe.seed * 100 + number, size=steps * per_step, **mix
         )
         return EncodedScenes(scenes, run.processor)
-    roots = stage.image_root or recipe.image_root
-    key = (*data, None, *roots)
+    return _opened(run, data, stage.image_root or recipe.image_root)
+
+
+def _opened(run: Run, data: list[str], roots: list[str]) -> Any:
+    """The samples of files, opened once in a run."""
+    recipe, key = run.recipe, (*data, None, *roots)
     if key not in run.datasets:
         run.datasets[key] = load_dataset(
             data,
@@ -176,16 +201,24 @@ def stage_dataset(run: Run, number: int) -> Any:
     return run.datasets[key]
 
 
-def probe_samples(run: Run) -> Any:
-    """Samples to compare attention on: fresh scenes, or the last stage's data."""
-    number = len(run.recipe.stages)
-    dataset = stage_dataset(run, number)
-    if uses_scenes(run.recipe, number):
+def held_out(run: Run) -> Any:
+    """Samples that no stage trains on: of eval_data, or fresh scenes; None where there are none."""
+    recipe, number = run.recipe, len(run.recipe.stages)
+    if recipe.eval_data:
+        return _opened(run, recipe.eval_data, recipe.eval_image_root or recipe.image_root)
+    if uses_scenes(recipe, number):
         from cdfast.synthetic import EncodedScenes, SceneDataset
 
-        mix = dataset.scenes.turns_mix
-        return EncodedScenes(SceneDataset("validation", size=64, turns_mix=mix), run.processor)
-    return dataset
+        mix = stage_dataset(run, number).scenes.turns_mix
+        size = max(64, recipe.eval_samples)
+        return EncodedScenes(SceneDataset("validation", size=size, turns_mix=mix), run.processor)
+    return None
+
+
+def probe_samples(run: Run) -> Any:
+    """Samples to compare attention on at the end: held out where there are any, else trained on."""
+    samples = held_out(run)
+    return stage_dataset(run, len(run.recipe.stages)) if samples is None else samples
 
 
 def trained_scenes(run: Run) -> set[Any]:
@@ -214,6 +247,9 @@ def stage_arguments(run: Run, number: int) -> Any:
 
     recipe, stage = run.recipe, run.recipe.stages[number - 1]
     cuda = torch.cuda.is_available()
+    given = {**recipe.arguments, **stage.arguments}
+    if given.get("eval_steps"):  # which Trainer would ignore
+        given.setdefault("eval_strategy", "steps")
     # transformers 5.23 renames gradient_ to activation_checkpointing; 5.17 has the old name.
     names = {f.name for f in fields(DistillationConfig)}
     prefix = "activation" if "activation_checkpointing" in names else "gradient"
@@ -258,8 +294,7 @@ def stage_arguments(run: Run, number: int) -> Any:
         },
         "keep_alignment": stage.keep_alignment,
         f"{prefix}_checkpointing": stage.gradient_checkpointing,
-        **recipe.arguments,
-        **stage.arguments,
+        **given,
     }
     return DistillationConfig(**values)
 
@@ -320,17 +355,23 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         )
     with user_errors():
         student = load_stage_student(run, number)
+        arguments = stage_arguments(run, number)
+        probe = stage_probe(run, number, student) if evaluates(arguments) else None
         trainer = DistillationTrainer(
             model=student,
             teacher=run.teacher if stage.needs_teacher else None,
-            args=stage_arguments(run, number),
+            args=arguments,
             train_dataset=stage_dataset(run, number),
+            eval_dataset=held_out(run) if probe else None,
+            probe=probe,
             data_collator=VisionTextCollator(run.processor.tokenizer.pad_token_id),
             processing_class=run.processor,
         )
     of = len(run.recipe.stages)
     matches = trainer.aligner.matches if trainer.aligner else None
     run.say(f"stage {number} of {of} ({stage.stage}): " + _describe(student, stage, matches))
+    if probe:
+        run.say(f"  in evaluations: {probe.describe(trainer)}")
     start = time.monotonic()
     output = trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - start
@@ -350,11 +391,46 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "skipped_records": data.skipped_records() if skipped else {},
         "skipped_steps": trainer.nonfinite.total,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        **(_evaluations(trainer) if probe else {}),
     }
     if run.state.is_main_process:
         write_json(folder / STAGE_FILE, result)
     run.state.wait_for_everyone()
     return result
+
+
+def stage_probe(run: Run, number: int, student: Any) -> Probe:
+    """What is measured of the student in the evaluations of a stage, as far as it can be."""
+    from cdfast.trainer import unwrap_model
+
+    recipe, stage = run.recipe, run.recipe.stages[number - 1]
+    samples = samples_with_image(held_out(run), recipe.eval_samples)
+    matches = None
+    if samples and run.teacher is not None and not stage.alignment_weight:
+        matches = matched_layers(recipe, unwrap_model(run.teacher), unwrap_model(student))
+    return Probe(
+        questions=probe_questions(recipe),
+        samples=samples,
+        processor=run.processor,
+        teacher=run.teacher,
+        matches=matches,
+        backend=recipe.backend,
+    )
+
+
+def _evaluations(trainer: Any) -> dict[str, Any]:
+    """What results.json holds of a stage that evaluates while it trains."""
+    log = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    compared = trainer.probe.compared_layers(trainer) if trainer.probe.samples else None
+    return {
+        "evaluations": log,
+        "evaluation_seconds": round(sum(entry["eval_runtime"] for entry in log), 2),
+        "evaluated": {
+            "questions": len(trainer.probe.questions),
+            "samples": len(trainer.probe.samples),
+            "matches": compared and {str(k): list(v) for k, v in compared.items()},
+        },
+    }
 
 
 def _matches_as_json(aligner: Any) -> dict[str, list[int]] | None:

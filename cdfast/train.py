@@ -66,6 +66,10 @@ _FREE_ON_RESUME = (
     "workers",
     "compare",
     "evaluate",
+    "eval_data",
+    "eval_image_root",
+    "eval_samples",
+    "eval_questions",
     "rank_timeout",
     "max_skipped_steps",
 )

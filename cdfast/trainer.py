@@ -19,6 +19,7 @@ from cdfast.losses import answer_rows
 from cdfast.metrics import Throughput, ThroughputCallback, shorten_progress
 from cdfast.nonfinite import LOG_KEY, NonFiniteSteps
 from cdfast.optim import muon_with_adamw
+from cdfast.probes import undisturbed
 from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
 from cdfast.watch import note
@@ -68,6 +69,8 @@ class DistillationTrainer(ResumableTrainer):
             alignment_weight must be 0).
         aligner: an aligner of your own; by default made from the options of `args`.
         args: `DistillationConfig`.
+        probe: measures the student in each evaluation, see `cdfast.probes.Probe`: called on every
+            rank with this trainer, returns numbers that become metrics of the evaluation.
         data_collator: returns input_ids, attention_mask, labels (-100 outside answers, unshifted)
             and image inputs; optionally segment_ids with position_ids.
         Others: see transformers.Trainer.
@@ -88,6 +91,7 @@ class DistillationTrainer(ResumableTrainer):
         teacher: PreTrainedModel | nn.Module | None = None,
         aligner: VisualAttentionAligner | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        probe: Callable[[DistillationTrainer], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
         if data_collator is None:
@@ -98,7 +102,7 @@ class DistillationTrainer(ResumableTrainer):
         if kwargs.get("compute_metrics") is not None:
             raise ValueError(
                 "compute_metrics: expected None, because evaluation computes losses and no logits; "
-                "got a function. Evaluate answers with cdfast.evaluate, or in a callback."
+                "got a function. Evaluate answers with probe=cdfast.probes.Probe(...)."
             )
         wanted = [n for n in ("kl_weight", "alignment_weight") if getattr(args, n) > 0]
         if wanted and teacher is None:
@@ -125,6 +129,7 @@ class DistillationTrainer(ResumableTrainer):
                     backend=args.backend,
                 )
         self.aligner = aligner if args.alignment_weight > 0 else None
+        self.probe = probe
         add_task(student)
         collator = LayoutCollator(data_collator, image_token_id(student))
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
@@ -314,6 +319,10 @@ class DistillationTrainer(ResumableTrainer):
             self._sums_since_log = {}
             self._steps_since_log = self.nonfinite.since_log = 0
             logs |= self.throughput.read(self.accelerator.gather)
+        if any(name.endswith("_probe_seconds") for name in logs):
+            # Trainer's rates would count the probe's time.
+            for name in [n for n in logs if n.endswith(("samples_per_second", "steps_per_second"))]:
+                del logs[name]
         super().log(logs, *args, **kwargs)
 
     def prediction_step(
@@ -333,8 +342,18 @@ class DistillationTrainer(ResumableTrainer):
         self._evaluated = self._evaluated + torch.stack([sums, counts])
         return loss.detach(), None, None
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; training goes on as if there had been no evaluation."""
+        note(phase="evaluation")
+        assert self.model is not None
+        with undisturbed(self.model, self.args.device):
+            return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, with losses over the whole set: sums over counts, whatever the batches."""
+        """As Trainer's, with losses over the whole set: sums over counts, whatever the batches.
+
+        In an evaluation, not in a prediction, with what the probe measures.
+        """
         self._evaluated = torch.zeros(
             2, len(LOSS_NAMES), dtype=torch.float64, device=self.args.device
         )
@@ -346,6 +365,8 @@ class DistillationTrainer(ResumableTrainer):
         used = ["lm", *(n for n in ("kl", "alignment") if self.teacher and weights[n] > 0)]
         losses = {f"{prefix}_loss": sum(weights[n] * means[n] for n in used)}
         losses |= {f"{prefix}_loss_{n}": means[n] for n in used}
+        if self.probe is not None and prefix.startswith("eval"):
+            losses |= {f"{prefix}_{name}": value for name, value in self.probe(self).items()}
         return output._replace(metrics={**(output.metrics or {}), **losses})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
