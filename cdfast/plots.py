@@ -222,7 +222,7 @@ def evaluation_figure(
         label: the figure in words.
     """
     count = len(panels) + bool(layers)
-    with _style(name):
+    with figure_style(name):
         figure = Figure(figsize=(10, 1.1 + 1.8 * count), layout="constrained")
         axes = figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
         for ax, field in zip(axes, panels):
