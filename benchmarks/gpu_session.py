@@ -10,7 +10,7 @@
 
 Each step has a time limit of its own, together 25 minutes (train_step: 9.5 more); a step that fails
 or is stopped does not stop the next. Logs, JUnit files and results are written to --output as they
-come, session.json says how each step ended, and --archive keeps all of it in one .tar.gz.
+come, logs/session.json says how each step ended, and --archive keeps all of it in one .tar.gz.
 """
 
 from __future__ import annotations

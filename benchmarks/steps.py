@@ -1,6 +1,6 @@
 """Commands one after another, each with a time limit and a log of its own.
 
-A command that fails or is stopped does not stop the next; session.json says how each ended, after
+A command that fails or is stopped does not stop the next; logs/session.json says how each ended, after
 every one of them. Used by `python -m benchmarks` and `python -m benchmarks.gpu_session`.
 """
 
@@ -54,14 +54,15 @@ def run_all(chosen: list[Step], output: Path, archive: Path | None = None) -> in
     """
     import torch
 
-    output.mkdir(parents=True, exist_ok=True)
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report: dict[str, Any] = {"environment": environment(device), "steps": []}
     for number, step in enumerate(chosen, 1):
         limit = f"at most {step.minutes:g} minutes"
         print(f"== {number}/{len(chosen)} {step.name}: {limit}", flush=True)
-        report["steps"].append(run(step, output))
-        write_json(output / "session.json", report)
+        report["steps"].append(run(step, logs))
+        write_json(logs / "session.json", report)
         keep(output, archive)
     for row in report["steps"]:
         ended = "stopped at its limit" if row["stopped_at_limit"] else f"exit {row['returncode']}"

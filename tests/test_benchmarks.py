@@ -424,12 +424,12 @@ def test_a_session_goes_on_after_failures_and_limits(tmp_path, monkeypatch):
     code = gpu_session.main(["--output", str(tmp_path / "out"), "--archive", str(archive)])
     assert code != 0
     assert time.monotonic() - begin < 40
-    report = json.loads((tmp_path / "out" / "session.json").read_text())
+    report = json.loads((tmp_path / "out" / "logs" / "session.json").read_text())
     ended = [(s["name"], s["returncode"] == 0, s["stopped_at_limit"]) for s in report["steps"]]
     assert ended == [("failing", False, False), ("slow", False, True), ("last", True, False)]
-    assert "two" in (tmp_path / "out" / "last.log").read_text()
+    assert "two" in (tmp_path / "out" / "logs" / "last.log").read_text()
     with tarfile.open(archive) as tar:
-        assert "out/last.log" in tar.getnames()
+        assert "out/logs/last.log" in tar.getnames()
 
 
 # The DFT step at the sizes of a preset
