@@ -59,7 +59,7 @@ def quick(output: Path) -> int:
     if not cases:
         sys.exit(f"nothing was measured: {path} says why")
     if is_busy(found["environment"]):
-        print("the machine was busy when this began: trust the ratios more than the times")
+        print("the machine was busy before this began: trust the ratios more than the times")
     show(cases)
     png = path.with_suffix(".png")
     print(f"tables: {shown(path.with_suffix('.md'))}, plot: {shown(png)}")

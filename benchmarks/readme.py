@@ -129,7 +129,7 @@ def kernels_table(result: Result) -> str:
     others = len(result.report["cases"]) - len(main) + len(result.report["not_measured"])
     if others:
         page = result.path.with_suffix(".md").name
-        text += f" {others} other cases: [benchmarks/results](benchmarks/results/{page})."
+        text += f"; {others} other cases: [benchmarks/results](benchmarks/results/{page})."
     return f"{text}\n\n{table(columns, rows)}" if rows else f"{text}\n\nNo case was measured."
 
 

@@ -80,7 +80,10 @@ def absent_lines(cases: list[dict[str, Any]]) -> list[str]:
         merged.setdefault((reason, tuple(where)), []).append(name)
     lines = []
     for (reason, where), names in merged.items():
-        at = "" if len(where) == len(cases) else f" (in: {'; '.join(where)})"
+        others = [case["name"] for case in cases if case["name"] not in where]
+        at = f" (in: {'; '.join(where)})" if others else ""
+        if len(others) < len(where) and others:
+            at = f" (in all but: {'; '.join(others)})"
         lines.append(f"- {', '.join(f'`{name}`' for name in names)}: {reason}{at}")
     return lines
 

@@ -123,7 +123,7 @@ def processor() -> str:
 
 
 def is_busy(environment: dict[str, Any]) -> bool:
-    """Whether others computed on the machine when the benchmark began."""
+    """Whether there was much to do in the minute before the benchmark began."""
     load, cores = environment.get("load"), environment.get("cores")
     return bool(load and cores and load > BUSY_SHARE * cores)
 
@@ -140,8 +140,8 @@ def described(report: dict[str, Any]) -> str:
         device = f"{environment['processor']}, {threads} thread{'s' * (threads > 1)}"
         device += f", backend cpu on {instructions}" if instructions else ", no backend cpu"
     load, cores = environment.get("load"), environment.get("cores")
-    if is_busy(environment):
-        device += f". The machine was busy: load {load:.1f} on {cores} cores at the start"
+    if load is not None:
+        device += f". Load average at the start: {load:.1f} on {cores} cores, earlier runs included"
     text = f"{report['date']}. Device: {device}. Python {environment['python']}, {present}. "
     text += f"Not installed: {missing}.\n\nCommand: `{report['command']}`"
     if environment["interpreter"]:

@@ -1,7 +1,7 @@
 """Commands one after another, each with a time limit and a log of its own.
 
-A command that fails or is stopped does not stop the next; logs/session.json says how each ended, after
-every one of them. Used by `python -m benchmarks` and `python -m benchmarks.gpu_session`.
+A command that fails or is stopped does not stop the next; logs/session.json says how each ended,
+after every one of them. Used by `python -m benchmarks` and `python -m benchmarks.gpu_session`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ static void product_block(Left a, const float* b, int64_t b_row, float* c, int64
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      acc[r][v] = kAdd ? load(c + r * c_row + v * kWidth) : Vec{};
+      acc[r][v] = Vec{};
     }
   }
   for (int k = 0; k < depth; ++k) {
@@ -39,10 +39,14 @@ static void product_block(Left a, const float* b, int64_t b_row, float* c, int64
       for (int v = 0; v < kVecs; ++v) acc[r][v] += left * right[v];
     }
   }
+  // C is added last: sums of tiles are added up, not all terms one after another, which rounds less.
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(c + r * c_row + v * kWidth, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = c + r * c_row + v * kWidth;
+      store(to, kAdd ? load(to) + acc[r][v] : acc[r][v]);
+    }
   }
 }
 

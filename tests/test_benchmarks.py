@@ -265,11 +265,12 @@ def test_a_result_says_what_was_run_but_not_where_it_went():
         result_files.headline(1.0, "x", "fast")
 
 
-@pytest.mark.parametrize("load, said", [(0.3, False), (1.9, True), (None, False)])
-def test_a_busy_machine_is_told(load, said):
+@pytest.mark.parametrize("load, busy", [(0.3, False), (1.9, True), (None, False)])
+def test_the_load_of_the_machine_is_told(load, busy):
     report = result_files.start("kernels", "cpu", "benchmarks.x", [])
     report["environment"] |= {"load": load, "cores": 2}
-    assert ("busy: load 1.9 on 2 cores" in result_files.described(report)) == said
+    assert result_files.is_busy(report["environment"]) == busy
+    assert (f"at the start: {load} on 2 cores" in result_files.described(report)) == bool(load)
 
 
 def test_layouts_of_both_schedulers_are_the_same(tmp_path):

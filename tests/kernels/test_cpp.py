@@ -256,6 +256,31 @@ def test_instruction_sets(objective, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_gradients_of_keys_that_many_query_heads_read(kv_heads, isa):
+    """Sums over all rows of all these heads: one term after another would round too often."""
+    n, heads, dim = 512, 16, 64
+    g = torch.Generator().manual_seed(0)
+    q, d_out = (torch.randn(1, n, heads, dim, generator=g) for _ in range(2))
+    k, v = (torch.randn(1, n, kv_heads, dim, generator=g) for _ in range(2))
+
+    def eager(*inputs):
+        q, k, v = (x.repeat_interleave(heads // x.shape[2], 2).transpose(1, 2) for x in inputs)
+        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+        scores = (q @ k.transpose(-1, -2) * dim**-0.5).masked_fill(hidden, float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    def gradients(run, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(run(*leaves), leaves, d_out.to(dtype))
+
+    got = gradients(lambda *x: flash_attention(*x, backend="cpu")[0], torch.float32)
+    low, exact = gradients(eager, torch.float32), gradients(eager, torch.float64)
+    for name, *values in zip(("dq", "dk", "dv"), got, low, exact):
+        assert_within_budget(name, *values, torch.float32, GRADIENT)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_sixteen_bit_conversions(isa):
     """Every finite bfloat16 and float16 value survives a softmax over one key: out is v."""
     segments = torch.arange(1, 513)[None]
