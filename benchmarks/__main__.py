@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import bench_kernels, terminal
 from benchmarks.result_files import NOT_MEASURED, is_busy, result_path
-from benchmarks.steps import ROOT, Step, benchmark, run_all, shown
+from benchmarks.steps import INTERRUPTED, ROOT, Step, benchmark, run_all, shown
 
 OUTPUT = ROOT / "runs" / "benchmarks"
 
@@ -52,8 +52,12 @@ def gpu_steps(output: Path) -> list[Step]:
 def quick(output: Path) -> int:
     """The main ratios at a few sizes, shown in the terminal."""
     arguments = ["--quick", "--theme", "quick", "--output", str(output), "--budget-minutes", "1.5"]
-    bench_kernels.main(arguments)
     path = result_path("quick", bench_kernels.parse([]).device, output)
+    try:
+        bench_kernels.main(arguments)
+    except KeyboardInterrupt:
+        print(f"\nstopped; results so far: {shown(path)}")
+        return INTERRUPTED
     found = json.loads(path.read_text())
     cases = [case for case in found["cases"] if "failed" not in case]
     if not cases:

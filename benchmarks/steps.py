@@ -21,6 +21,7 @@ from benchmarks.result_files import environment, write_json
 ROOT = Path(__file__).resolve().parents[1]
 # After the limit: seconds to write reports in, before the step is killed.
 GRACE = 20
+INTERRUPTED = 130  # as shells have it
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def benchmark(
 
 
 def run_all(chosen: list[Step], output: Path, archive: Path | None = None) -> int:
-    """All steps in turn; the largest exit status of them.
+    """All steps in turn; the largest exit status of them, or INTERRUPTED after Ctrl-C.
 
     Args:
         archive: a .tar.gz that holds everything in `output`, written anew after every step.
@@ -61,7 +62,11 @@ def run_all(chosen: list[Step], output: Path, archive: Path | None = None) -> in
     for number, step in enumerate(chosen, 1):
         limit = f"at most {step.minutes:g} minutes"
         print(f"== {number}/{len(chosen)} {step.name}: {limit}", flush=True)
-        report["steps"].append(run(step, logs))
+        try:
+            report["steps"].append(run(step, logs))
+        except KeyboardInterrupt:
+            print(f"\nstopped in {step.name}; results and logs so far: {shown(output)}")
+            return INTERRUPTED
         write_json(logs / "session.json", report)
         keep(output, archive)
     for row in report["steps"]:

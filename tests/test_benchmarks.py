@@ -23,6 +23,7 @@ from benchmarks import (
     memory,
     preset_step,
     result_files,
+    steps,
     tune_kernels,
     variants,
 )
@@ -404,6 +405,25 @@ def test_the_gpu_set_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="expected a CUDA device"):
         benchmarks_main.main(["gpu"])
+
+
+def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
+    code = "print('begun', flush=True); import time; time.sleep(60)"
+    begun = []
+
+    def interrupt(process, path, until):
+        while "begun" not in path.read_text():
+            time.sleep(0.05)
+        begun.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "follow", interrupt)
+    found = [Step(name, [sys.executable, "-c", code], 1.0) for name in ("first", "second")]
+    assert steps.run_all(found, tmp_path) == steps.INTERRUPTED
+    assert "stopped in first" in capsys.readouterr().out
+    assert "begun" in (tmp_path / "logs" / "first.log").read_text()
+    [process] = begun  # the second did not begin
+    assert process.poll() is not None
 
 
 def test_a_session_goes_on_after_failures_and_limits(tmp_path, monkeypatch):
