@@ -181,9 +181,9 @@ def resident_peaks(case: Case, backend: str, names: list[str]) -> dict[str, int]
     problem = Problem(case, "cpu", backend)
     for one in (small, problem):
         one.prepare_eager()
-    found = {}
+    runs, found = variants(problem), {}
     for name in names:
-        run = variants(problem)[name]
+        run = runs[name]
         whole(small, run)  # type: ignore[arg-type]
         found[name] = peak_bytes(lambda run=run: whole(problem, run), "cpu") or 0
     return found

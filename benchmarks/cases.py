@@ -196,8 +196,7 @@ class Problem:
             target=target[..., columns.to(device)],
             columns=columns.to(device),
             entries=(visible[..., columns] & self.visual[:, None, columns]).to(device),
-            live=None if self.live.all() else self.live.to(device),
-            packed=self.layout.is_packed,
+            live=self.live.to(device) if self.layout.is_packed else None,
         )
 
     @property

@@ -24,8 +24,7 @@ class Dense:
         target: (B, N, V), the teacher's head-mean map on the visual columns.
         columns: int64 (V,), positions that are visual in any sample.
         entries: bool (B, N, V), visible visual entries of live rows.
-        live: bool (B, N), or None without padding.
-        packed: q, k, v hold the live tokens only.
+        live: bool (B, N), of a packed batch, whose q, k, v hold the live tokens only; else None.
     """
 
     objective: str
@@ -34,7 +33,6 @@ class Dense:
     columns: Tensor
     entries: Tensor
     live: Tensor | None
-    packed: bool
 
 
 def repeated(x: Tensor, heads: int) -> Tensor:
@@ -48,7 +46,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, given: Dense) -> tuple[Tensor, Tensor
     As models compute eager attention: softmax in float32 (float64 for float64), probabilities in
     the dtype of q.
     """
-    if given.packed:
+    if given.live is not None:
         q, k, v = (padded(x, given.live) for x in (q, k, v))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
@@ -57,7 +55,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, given: Dense) -> tuple[Tensor, Tensor
     probs = scores.masked_fill_(given.hidden, float("-inf")).softmax(-1, dtype=wide).to(q.dtype)
     del scores
     out = (probs @ v).transpose(1, 2)
-    if given.packed:
+    if given.live is not None:
         out = out[given.live]
     student = probs.mean(1)[..., given.columns].to(wide)
     return out, LOSSES[given.objective](student, given.target.to(wide), given.entries)

@@ -161,7 +161,6 @@ class Layers:
                 columns=visual,
                 entries=~hidden[None, :, visual],
                 live=None,
-                packed=False,
             )
         if "student" not in variants:
             del self.target

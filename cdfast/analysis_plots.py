@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,45 @@ def _depths(values: Sequence[float]) -> np.ndarray:
     return (np.arange(len(values)) + 0.5) / len(values)
 
 
+def _numbers(values: Sequence[float]) -> np.ndarray:
+    """Number of each layer, from 0."""
+    return np.arange(len(values))
+
+
 def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=_DPI, metadata={"Software": None})
     return path
+
+
+def _lines_by_model(
+    figure: Figure,
+    by_scope: Mapping[str, Any],
+    scopes: Sequence[str],
+    *,
+    places: Callable[[Sequence[float]], np.ndarray],
+    label: str,
+    of: str,
+    ylabel: str,
+) -> np.ndarray:
+    """A column of panels per scope, visual above text, a line per model over its layers; the axes.
+
+    Args:
+        places: of the layers on the x axis.
+        label: of a line, with {model} for its name.
+        of: what the two rows are of, "keys" or "tokens".
+    """
+    axes = figure.subplots(2, len(scopes), squeeze=False, sharex=True, sharey="row")
+    for column, scope in enumerate(scopes):
+        models = list(by_scope[scope])
+        for row, kind in enumerate(("visual", "text")):
+            ax = axes[row, column]
+            for model in models:
+                values = by_scope[scope][model][kind]
+                look = _look(model, models)
+                ax.plot(places(values), values, label=label.format(model=model), **look)
+            ax.grid(color="#dddddd")
+            ax.set(title=f"{scope}: {kind} {of}", ylabel=ylabel if not column else "")
+    return axes
 
 
 def attention_figure(path: Path, by_scope: Mapping[str, Any], scopes: Sequence[str]) -> Path:
@@ -44,17 +80,10 @@ def attention_figure(path: Path, by_scope: Mapping[str, Any], scopes: Sequence[s
     """
     with figure_style("attention"):
         figure = Figure(figsize=(4.2 * len(scopes) + 0.6, 5.6), layout="constrained")
-        axes = figure.subplots(2, len(scopes), squeeze=False, sharex=True, sharey="row")
-        for column, scope in enumerate(scopes):
-            models = list(by_scope[scope])
-            for row, kind in enumerate(("visual", "text")):
-                ax = axes[row, column]
-                for model in models:
-                    values = by_scope[scope][model][kind]
-                    ax.plot(_depths(values), values, label=model, **_look(model, models))
-                ax.grid(color="#dddddd")
-                ax.set(title=f"{scope}: {kind} keys", ylabel="attention" if not column else "")
-            axes[1, column].set(xlabel="relative depth of the layer", xlim=(0, 1))
+        words = {"label": "{model}", "of": "keys", "ylabel": "attention"}
+        axes = _lines_by_model(figure, by_scope, scopes, places=_depths, **words)
+        for ax in axes[1]:
+            ax.set(xlabel="relative depth of the layer", xlim=(0, 1))
         figure.suptitle("Attention of the answer token, summed over keys")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return _save(figure, path)
@@ -70,19 +99,12 @@ def similarity_figure(path: Path, by_scope: Mapping[str, Any], scopes: Sequence[
     """
     with figure_style("similarity"):
         figure = Figure(figsize=(4.2 * len(scopes) + 0.6, 5.6), layout="constrained")
-        axes = figure.subplots(2, len(scopes), squeeze=False, sharex=True, sharey="row")
-        for column, scope in enumerate(scopes):
-            models = list(by_scope[scope])
-            for row, kind in enumerate(("visual", "text")):
-                ax = axes[row, column]
-                for model in models:
-                    values = by_scope[scope][model][kind]
-                    label = f"teacher - {model}"
-                    ax.plot(range(len(values)), values, label=label, **_look(model, models))
-                ax.xaxis.get_major_locator().set_params(integer=True)
-                ax.grid(color="#dddddd")
-                ax.set(title=f"{scope}: {kind} tokens", ylabel="mean cosine" if not column else "")
-            axes[1, column].set(xlabel="layer (from 0)")
+        words = {"label": "teacher - {model}", "of": "tokens", "ylabel": "mean cosine"}
+        axes = _lines_by_model(figure, by_scope, scopes, places=_numbers, **words)
+        for ax in axes.flat:
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        for ax in axes[1]:
+            ax.set(xlabel="layer (from 0)")
         figure.suptitle("Similarity of attention with the teacher's matched layers")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return _save(figure, path)
