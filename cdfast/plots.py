@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -191,13 +192,20 @@ def loss_figure(
             unit = alignment_unit if loss == "loss_alignment" else "nats per answer token"
             ax.set_ylabel("\n".join([LOSSES[loss], *f"({unit})".split(", ")]))
             ax.grid(color="#dddddd")
-        axes[0].set_xlim(left=0)
-        _mark_stages(axes, stages)
-        axes[-1].set_xlabel("optimizer step (all stages)")
-        figure.suptitle("Training losses")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        _over_steps(figure, axes, stages, "Training losses")
         return _svg(figure, name, label)
+
+
+def _over_steps(
+    figure: Figure, axes: np.ndarray, stages: Sequence[tuple[int, str]], title: str
+) -> None:
+    """What panels over the steps of all stages share: the axis, its stages, title and legend."""
+    axes[0].set_xlim(left=0)
+    _mark_stages(axes, stages)
+    axes[-1].set_xlabel("optimizer step (all stages)")
+    figure.suptitle(title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
 
 
 def evaluation_figure(
@@ -244,12 +252,7 @@ def evaluation_figure(
             ax.grid(color="#dddddd")
         if layers:
             _layer_lines(axes[-1], *next(iter(runs.items())), layers)
-        axes[0].set_xlim(left=0)
-        _mark_stages(axes, stages)
-        axes[-1].set_xlabel("optimizer step (all stages)")
-        figure.suptitle("Held-out questions and samples during training")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        _over_steps(figure, axes, stages, "Held-out questions and samples during training")
         return _svg(figure, name, label)
 
 
