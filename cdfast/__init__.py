@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 try:
     from cdfast.adapters import register_taf_classes
 except ImportError as error:
+    # transformers hides why one of its modules does not import behind errors of its own.
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if "torchvision" in str(cause):
+        raise ImportError(
+            f"transformers cannot be imported: {cause}. The torchvision that is installed does not "
+            "fit this torch. Uninstall it (pip uninstall torchvision; cdfast does not need it), or "
+            "install the one of the same version and build."
+        ) from error
     raise ImportError(
-        f"cdfast needs the packages of its extra [train] ({error}). Install them with "
+        f"cdfast needs the packages of its extra [train] ({cause}). Install them with "
         "pip install 'cdfast[train]'. The fused op alone is the package cdfast_kernels."
     ) from error
 

@@ -70,14 +70,23 @@ def load_lmms_eval() -> Any:
         ) from error
 
 
-def make_model(lmms_eval: Any, model: Any, processor: Any, batch_size: int) -> Any:
-    """A model for lmms-eval that answers greedily, as `cdfast.scoring.replies` does."""
+def answering(base: Any) -> Any:
+    """A model class for lmms-eval that answers greedily, as `cdfast.scoring.replies` does.
 
-    class CdfastModel(lmms_eval.api.model.lmms):  # type: ignore[misc]
+    Args:
+        base: `lmms_eval.api.model.lmms`, which only exists where the package is installed.
+    """
+
+    class CdfastModel(base):  # type: ignore[misc]
         is_simple = True
 
+        def __init__(self, model: Any, processor: Any, batch_size: int) -> None:
+            super().__init__()
+            # Hidden from `lmms.clean`, which takes modules off the model that it was given.
+            self.asked = (model, processor, batch_size)
+
         def generate_until(self, requests: list[Any]) -> list[str]:
-            return answer(requests, self.task_dict, model, processor, batch_size)
+            return answer(requests, self.task_dict, *self.asked)
 
         def loglikelihood(self, requests: list[Any]) -> Any:
             raise NotImplementedError("expected a task of generate_until, got one of loglikelihood")
@@ -85,7 +94,7 @@ def make_model(lmms_eval: Any, model: Any, processor: Any, batch_size: int) -> A
         def generate_until_multi_round(self, requests: list[Any]) -> Any:
             raise NotImplementedError("expected a task of generate_until, got one of several turns")
 
-    return CdfastModel()
+    return CdfastModel
 
 
 def answer(
@@ -169,7 +178,7 @@ def run_delegated(
             ) from error
     lmms_eval = load_lmms_eval()
     wanted = DELEGATED[name]
-    answers = make_model(lmms_eval, model, processor, batch_size)
+    answers = answering(lmms_eval.api.model.lmms)(model, processor, batch_size)
     try:
         found = lmms_eval.evaluator.simple_evaluate(
             model=answers, tasks=[wanted.task], limit=limit, batch_size=batch_size, log_samples=True
@@ -225,10 +234,3 @@ def measured_of(wanted: Delegated, found: Any) -> dict[str, Any]:
     interval = None if math.isnan(half) else [max(0.0, value - half), min(1.0, value + half)]
     score = {"value": value, "ci95": interval, "interval": "standard error", "chance": None}
     return {"n": number, "clusters": number, "metrics": {"score": score}, "subsets": {}}
-
-
-def _number(value: Any) -> float | None:
-    """A finite number; None for what lmms-eval writes in its place, such as "N/A"."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

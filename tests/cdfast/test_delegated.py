@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cdfast import delegated, evaluate_tasks
-from cdfast.delegated import DELEGATED, Delegated, make_model, measured_of, run_delegated
+from cdfast.delegated import DELEGATED, Delegated, answering, measured_of, run_delegated
 from cdfast.evaluate import main
 from cdfast.evaluation_run import ResultsError
 from cdfast.suites import miniature_suite
@@ -73,7 +73,7 @@ def stand(monkeypatch):
 
 
 def test_model_answers_in_order_and_in_batches(teacher):
-    found = Stand().evaluate(make_model(Stand(), *teacher, 2), ["gqa"], None, 2, True)
+    found = Stand().evaluate(answering(Stand().api.model.lmms)(*teacher, 2), ["gqa"], None, 2, True)
     assert found["results"]["gqa"]["exact_match,none"] >= 5 / 6
 
 
@@ -212,3 +212,24 @@ def test_lmms_eval_itself_with_a_task_of_ours(teacher, tmp_path, monkeypatch):
     monkeypatch.setitem(DELEGATED, "toy", Delegated("toy2", ("exact_match,none",)))
     with pytest.raises(ValueError, match="lmms-eval, toy2"):
         run_delegated("toy", *teacher, tmp_path / "b.json", {}, batch_size=2, limit=None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval not installed")
+def test_lmms_eval_finds_the_model_by_its_name(tmp_path):
+    """Through the entry point, with a checkpoint by name and the command's own arguments."""
+    package = delegated.load_lmms_eval()
+    from lmms_eval.tasks import TaskManager
+
+    file = FILES / "bivlc" / "data" / "test-00000-of-00001.parquet"
+    (tmp_path / "toy.yaml").write_text(TOY.format(file=file))
+    function = 'def visual(doc):\n    return [doc["image"].convert("RGB")]\n'
+    (tmp_path / "toy_functions.py").write_text(function)
+    found = package.evaluator.simple_evaluate(
+        model="cdfast",
+        model_args=f"pretrained={teacher_path()},dtype=float32",
+        tasks=["toy"],
+        batch_size=2,
+        device="cpu",
+        task_manager=TaskManager("INFO", include_path=str(tmp_path), model_name="cdfast"),
+    )
+    assert found["results"]["toy"]["exact_match,none"] == 1
