@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from cdfast.aligner import build_layout, image_token_id
@@ -107,7 +107,7 @@ def explorer_data(
     plans = _plans(depths, allowed, matches, reference, student)
     kept, number = _fit(drafts, plans, budget_bytes)
     samples = []
-    for draft in track(drafts[:number], "attention explorer", transient=True):
+    for draft in tqdm(drafts[:number], desc="attention explorer", unit="sample", leave=False):
         samples.append(
             _sample(models, processor, draft, token, kept, matches, (reference, student), backend)
         )
@@ -282,8 +282,8 @@ def _tokens(maps: AttentionMaps) -> tuple[list[dict[str, Any]], list[int]]:
     return tokens, list(rows)
 
 
-def _layer(maps: AttentionMaps, layer: int, rows: Sequence[int], name: str) -> dict[str, str]:
-    """Values, scales and shares of a layer's rows, in base64 (bytes, float32, float32)."""
+def _layer(maps: AttentionMaps, layer: int, rows: Sequence[int], name: str) -> dict[str, Any]:
+    """A layer's rows in base64: the values (bytes) of each; all scales and shares (float32)."""
     values = maps.layers[layer].select(rows).reduced("mean").float().numpy()
     if not np.isfinite(values).all():
         raise ValueError(
@@ -293,7 +293,7 @@ def _layer(maps: AttentionMaps, layer: int, rows: Sequence[int], name: str) -> d
     scales = values.max(1)
     roots = np.sqrt(values / np.where(scales > 0, scales, 1)[:, None])
     return {
-        "values": _base64(np.rint(255 * roots).astype(np.uint8)),
+        "values": [_base64(row) for row in np.rint(255 * roots).astype(np.uint8)],
         "scales": _base64(scales.astype("<f4")),
         "shares": _base64(values.sum(1).astype("<f4")),
     }

@@ -9,12 +9,21 @@ from typing import Any
 
 from cdfast.page import data_block, text
 
-_ASSETS = Path(__file__).parent / "assets"
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / "assets" / name).read_text("utf-8")
+
+
 # The script sets the style too: without a script there is nothing to style, and pages that have no
 # explorer stay as they are.
-SCRIPT = (
-    f"const EXPLORER_STYLE = {json.dumps((_ASSETS / 'explorer.css').read_text('utf-8'))};\n"
-    + (_ASSETS / "explorer.js").read_text("utf-8")
+SCRIPT = "\n".join(
+    [
+        '"use strict";',
+        f"const EXPLORER_STYLE = {json.dumps(_asset('explorer.css'))};",
+        _asset("explorer_maps.js"),
+        _asset("explorer.js"),
+    ]
 )
 _SECTION = """
 <p>Where the models look when they read a token or write the answer: attention on the image, mean
@@ -38,11 +47,12 @@ this page need no script.</p></noscript>
 <option value="depth">same relative depth</option>
 <option value="own">chosen for each model</option>
 </select></label>
-<label>Layer of {student} <output data-part="layer"></output>
+<div data-part="slider"><label>Layer of {student}
 <input type="range" data-control="layer" min="0" step="1"></label>
+<output data-part="layer"></output></div>
 </div>
 <div class="explorer-bar" data-part="own" role="group" aria-label="Layer of each model"></div>
-<fieldset><legend>Token</legend><div class="explorer-tokens" data-part="tokens"></div></fieldset>
+<fieldset><legend>Token (in a frame: the answer)</legend><div class="explorer-tokens" data-part="tokens"></div></fieldset>
 <div class="explorer-bar">
 <label>Colour scale <select data-control="scale">
 <option value="shared">shared by the models</option>
@@ -55,9 +65,9 @@ this page need no script.</p></noscript>
 <p class="caveat" data-part="geometry" hidden></p>
 <div class="explorer-figures" data-part="figures"></div>
 <div class="explorer-bar" role="group" aria-label="One patch">
-<label data-part="image-label">Patch in image
-<input type="number" data-control="image" min="1"></label>
-<label>Patch in row <input type="number" data-control="row" min="1"></label>
+<span>One patch:</span>
+<label data-part="image">image <input type="number" data-control="image" min="1"></label>
+<label>row <input type="number" data-control="row" min="1"></label>
 <label>column <input type="number" data-control="column" min="1"></label>
 <output data-part="patch"></output>
 </div>
