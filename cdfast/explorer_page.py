@@ -10,7 +10,6 @@ from typing import Any
 from cdfast.page import data_block, text
 
 
-
 def _asset(name: str) -> str:
     return (Path(__file__).parent / "assets" / name).read_text("utf-8")
 
@@ -52,7 +51,8 @@ this page need no script.</p></noscript>
 <output data-part="layer"></output></div>
 </div>
 <div class="explorer-bar" data-part="own" role="group" aria-label="Layer of each model"></div>
-<fieldset><legend>Token (in a frame: the answer)</legend><div class="explorer-tokens" data-part="tokens"></div></fieldset>
+<fieldset><legend>Token (in a frame: the answer)</legend>
+<div class="explorer-tokens" data-part="tokens"></div></fieldset>
 <div class="explorer-bar">
 <label>Colour scale <select data-control="scale">
 <option value="shared">shared by the models</option>
@@ -77,11 +77,13 @@ this page need no script.</p></noscript>
 <details><summary>What the numbers mean</summary>
 <p>Layers count from 0. Matched: a layer of the student beside the mean map of the teacher layers it
 was aligned with; other models in the layer at the same relative depth. Cosine: of the two maps over
-all visual tokens, in the chosen row.</p>
+all visual tokens, in the chosen row. P(right answer): probability of its first token; a model
+answers right if that is the most likely of the choices' first tokens, or, without choices, of all
+tokens.</p>
 <p>A cross marks a sink: a patch that is above mean + std of the map in more than half of the text
 rows. Crossed patches do not set the end of the colour scale.</p>
-<p>Patches are shown on the picture as the model was given it; what it never saw is dark. Shares of
-the image are exact. The value of a patch is stored in one byte, so it may be off by up to 0.4% of
+<p>Patches are shown on the picture as the model was given it, with its padding; what it never saw
+is dark. Rows and columns count patches. Shares of the image are exact. The value of a patch is stored in one byte, so it may be off by up to 0.4% of
 the largest one in its row.</p></details>
 {data}
 </div>

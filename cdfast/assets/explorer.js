@@ -1,5 +1,6 @@
 // The attention explorer: its state, its controls (cdfast/explorer_page.py) and what is shown.
 const TOP = 8; // patches of each model in the table
+const SPOKEN = { "\n": "new line", "\n\n": "empty line", " ": "space", "": "part of a character" };
 const SAY_AFTER = 400; // milliseconds without a change before screen readers are told
 
 function explorer(root) {
@@ -85,7 +86,7 @@ function explorer(root) {
     if (sample !== sampleNow()) return; // another one was chosen meanwhile
     grids = sample.geometry ? [stripOf(sample.visual)]
       : sample.images.map((image) => gridOf(image.planes, image));
-    greys = grids.map((grid, i) => greyOf(grid.image, sample.geometry ? null : pictures[i]));
+    greys = grids.map((grid, i) => greyOf(grid, sample.geometry ? null : pictures[i]));
     part("asked").replaceChildren(element("strong", { textContent: sample.question }),
       ` Right answer: ${sample.answer} (${sample.kind})`);
     part("geometry").hidden = !sample.geometry;
@@ -102,23 +103,24 @@ function explorer(root) {
   }
 
   function showTokens({ tokens }) {
-    const offered = tokens.map((token) => ({ ...token, text: visible(token.text) }));
+    const offered = tokens.map(({ text, answer, ...token }) => ({ ...token, answer,
+      text: visible(text), said: (SPOKEN[text] ?? text.trim()) + (answer ? ", of the answer" : "") }));
     const answers = offered.filter((token) => token.answer && token.row !== null);
-    if (answers.length > 1) offered.push({ text: "the whole answer", number: "answer", answer: 1 });
+    const whole = "the whole answer";
+    if (answers.length > 1) offered.push({ text: whole, said: whole, number: "answer", answer: true });
     const usable = offered.filter((token) => token.row !== null);
     if (!usable.some((token) => String(token.number) === state.token)) {
       state.token = String(usable.at(-1).number);
     }
-    part("tokens").replaceChildren(...offered.map(({ text, number, answer, row }) => {
+    part("tokens").replaceChildren(...offered.map(({ text, said, number, answer, row }) => {
       const input = element("input", { type: "radio", name: `${root.id}-token`, value: number,
-        disabled: row === null, checked: String(number) === state.token });
-      if (answer && number !== "answer") input.setAttribute("aria-label", `${text}, of the answer`);
+        ariaLabel: said, disabled: row === null, checked: String(number) === state.token });
       input.addEventListener("change", () => set({ token: input.value }));
       return element("label", { className: answer ? "answer" : "" }, input,
         element("span", { textContent: text }));
     }));
-    const chosen = root.querySelector(":checked + span");
-    part("tokens").scrollTop = chosen.offsetParent.offsetTop - part("tokens").offsetTop;
+    const chosen = part("tokens").querySelector(":checked").parentElement;
+    part("tokens").scrollTop = chosen.offsetTop - part("tokens").offsetTop;
   }
 
   function figureOf(model, sample) {
@@ -195,8 +197,8 @@ function explorer(root) {
   }
 
   function summary() {
-    const token = root.querySelector(":checked + span").textContent;
-    return `Sample ${state.sample} of ${data.samples.length}, token ${token}. ` + shown.map(
+    const token = root.querySelector(".explorer-tokens :checked").ariaLabel;
+    return `Sample ${state.sample} of ${data.samples.length}, ${token}. ` + shown.map(
       (one) => `${one.name}, ${one.title}: ${percent(one.share)} on the image` +
         (one === reference() ? "" : `, cosine ${similar(one)}`)).join("; ") + ".";
   }
@@ -234,10 +236,10 @@ function explorer(root) {
   }
 
   function point(event, i) {
-    const { box: [left, top, right, bottom], image, width, height } = grids[i];
-    const frame = event.target.getBoundingClientRect();
-    const x = (event.clientX - frame.left) / frame.width * image.width;
-    const y = (event.clientY - frame.top) / frame.height * image.height;
+    const { box: [left, top, right, bottom], frame, width, height } = grids[i];
+    const canvas = event.target.getBoundingClientRect();
+    const x = (event.clientX - canvas.left) / canvas.width * frame.width;
+    const y = (event.clientY - canvas.top) / canvas.height * frame.height;
     const column = Math.floor((x - left) / (right - left) * width) + 1;
     const row = Math.floor((y - top) / (bottom - top) * height) + 1;
     if (row < 1 || column < 1 || row > height || column > width) return;

@@ -10,7 +10,7 @@ const STRIP = 32; // tokens in a line where their places in the picture are not 
 const bytes = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 const floats = (base64) => new Float32Array(bytes(base64).buffer);
 const sum = (values) => values.reduce((total, value) => total + value, 0);
-const visible = (text) => text.replace(/\n/g, "⏎").replace(/^ +$/, "␠") || "·";
+const visible = (text) => text.replace(/\n/g, "⏎").replace(/^ +$/, "␣") || "·";
 
 function percent(value) {
   return `${(100 * value).toFixed(value < 0.00995 ? 3 : value < 0.0995 ? 2 : 1)}%`;
@@ -38,7 +38,8 @@ function colour(share, opacity) {
   return `rgba(${mixed.join(",")},${opacity * share})`;
 }
 
-// The finest grid of an image's planes; `parts`: which share of which tokens a cell shows.
+// The finest grid of an image's planes; `parts`: which share of which tokens a cell shows. The frame
+// is the picture and what the model was given beside it: padding can have attention too.
 function gridOf(planes, image) {
   const [height, width] = planes[0].shape;
   const parts = Array.from({ length: height * width }, (_, cell) => planes.flatMap((plane) => {
@@ -47,7 +48,11 @@ function gridOf(planes, image) {
     const token = plane.tokens[row * plane.shape[1] + Math.floor((cell % width) / across)];
     return token < 0 ? [] : [[token, 1 / (down * across)]];
   }));
-  return { height, width, parts, image, box: planes[0].box };
+  const [left, top, right, bottom] = planes[0].box;
+  const [x, y] = [Math.max(0, -left), Math.max(0, -top)]; // of the picture in the frame
+  const frame = { x, y, width: Math.max(image.width, right) + x,
+    height: Math.max(image.height, bottom) + y };
+  return { height, width, parts, frame, image, box: [left + x, top + y, right + x, bottom + y] };
 }
 
 // Where places are not known: one grid that has all visual tokens in their order.
@@ -58,18 +63,21 @@ function stripOf(number) {
   return gridOf([{ shape: [height, width], tokens, box: [0, 0, width, height] }], { width, height });
 }
 
-function greyOf({ width, height }, picture) {
-  const scale = Math.max(1, Math.ceil(LONGER / Math.max(width, height)));
-  const fit = Math.min(scale, 2 * LONGER / Math.max(width, height));
-  const canvas = element("canvas", {
-    width: Math.max(1, Math.round(width * fit)), height: Math.max(1, Math.round(height * fit)) });
+// The frame of a grid on a canvas, with its picture in grey if there is one.
+function greyOf({ frame, image }, picture) {
+  const zoom = Math.ceil(LONGER / Math.max(frame.width, frame.height));
+  const scale = Math.min(zoom, 2 * LONGER / Math.max(frame.width, frame.height));
+  const [width, height] = [frame.width, frame.height].map(
+    (side) => Math.max(1, Math.round(side * scale)));
+  const canvas = element("canvas", { width, height });
   const pen = canvas.getContext("2d");
   pen.fillStyle = "#555";
-  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.fillRect(0, 0, width, height);
   if (!picture) return canvas;
-  pen.imageSmoothingEnabled = scale < 3;
-  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  const pixels = pen.getImageData(0, 0, canvas.width, canvas.height);
+  pen.imageSmoothingEnabled = zoom < 3;
+  pen.drawImage(picture, ...[frame.x, frame.y, image.width, image.height].map(
+    (length) => length * scale));
+  const pixels = pen.getImageData(0, 0, width, height);
   for (let i = 0; i < pixels.data.length; i += 4) {
     const [red, green, blue] = pixels.data.subarray(i, i + 3);
     pixels.data.fill(51 + 0.8 * (0.299 * red + 0.587 * green + 0.114 * blue), i, i + 3);
@@ -88,7 +96,7 @@ function stroke(pen, path, width) {
 
 function draw(canvas, grey, grid, map, limit, opacity, crossed, chosen) {
   const pen = canvas.getContext("2d");
-  const scale = canvas.width / grid.image.width;
+  const scale = canvas.width / grid.frame.width;
   const [left, top, right, bottom] = grid.box.map((edge) => edge * scale);
   const edgeX = (column) => Math.round(left + (right - left) * column / grid.width);
   const edgeY = (row) => Math.round(top + (bottom - top) * row / grid.height);
