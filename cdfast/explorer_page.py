@@ -47,8 +47,8 @@ this page need no script.</p></noscript>
 <option value="own">chosen for each model</option>
 </select></label>
 <div data-part="slider"><label>Layer of {student}
-<input type="range" data-control="layer" min="0" step="1"></label>
-<output data-part="layer"></output></div>
+<input type="range" data-control="layer" min="0" step="1" aria-describedby="{name}-layer"></label>
+<span data-part="layer" id="{name}-layer"></span></div>
 </div>
 <div class="explorer-bar" data-part="own" role="group" aria-label="Layer of each model"></div>
 <fieldset><legend>Token (in a frame: the answer)</legend>
@@ -69,7 +69,7 @@ this page need no script.</p></noscript>
 <label data-part="image">image <input type="number" data-control="image" min="1"></label>
 <label>row <input type="number" data-control="row" min="1"></label>
 <label>column <input type="number" data-control="column" min="1"></label>
-<output data-part="patch"></output>
+<span data-part="patch"></span>
 </div>
 <details><summary>The patches with the most attention, as a table</summary>
 <div class="scroll" role="region" tabindex="0" aria-label="The patches with the most attention">
@@ -83,8 +83,8 @@ tokens.</p>
 <p>A cross marks a sink: a patch that is above mean + std of the map in more than half of the text
 rows. Crossed patches do not set the end of the colour scale.</p>
 <p>Patches are shown on the picture as the model was given it, with its padding; what it never saw
-is dark. Rows and columns count patches. Shares of the image are exact. The value of a patch is stored in one byte, so it may be off by up to 0.4% of
-the largest one in its row.</p></details>
+is dark. Rows and columns count patches. Shares of the image are exact. The value of a patch is
+stored in one byte, so it may be off by up to 0.4% of the largest one in its row.</p></details>
 {data}
 </div>
 """

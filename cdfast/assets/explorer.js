@@ -13,7 +13,7 @@ function explorer(root) {
     (layer) => data.matches[layer]?.every((other) => teacher.layers.includes(other)));
   const start = { sample: 1, mode: matched.length ? "matched" : "depth", token: "",
     layer: matched[0] ?? student.layers[0], scale: "shared", opacity: 0.75, sinks: 1 };
-  const state = { ...start, own: {}, image: 1, row: 1, column: 1 };
+  const state = { ...start, own: {}, image: 1, row: 0, column: 0 }; // row 0: no patch
   let grids = []; // of the sample's images
   let greys = []; // its pictures in grey
   let figures = []; // of each model: its canvases, its colour bar and its lines of text
@@ -149,20 +149,31 @@ function explorer(root) {
     control("layer").value = choices().indexOf(state.layer);
     const text = state.layer + (state.mode === "matched"
       ? `, matched with ${data.reference} ${data.matches[state.layer].join(", ")}` : "");
-    part("layer").value = text;
+    part("layer").textContent = text;
     control("layer").setAttribute("aria-valuetext", text);
     part("slider").hidden = state.mode === "own";
     part("own").hidden = state.mode !== "own";
     data.models.forEach(({ name }, m) => { part("own").children[m].control.value = state.own[name]; });
     paint();
     showTable();
+    say();
+  }
+
+  // To screen readers, once nothing has changed for a while.
+  function say() {
     clearTimeout(saying);
-    saying = setTimeout(() => { part("summary").textContent = summary(); }, SAY_AFTER);
+    saying = setTimeout(() => {
+      const chosen = state.row ? ` Patch: ${part("patch").textContent}.` : "";
+      part("summary").textContent = summary() + chosen;
+    }, SAY_AFTER);
   }
 
   function paint() {
     const shared = Math.max(...shown.map((one) => one.limit));
-    const patch = (state.row - 1) * grids[state.image - 1].width + state.column - 1;
+    const { height, width } = grids[state.image - 1];
+    state.row = Math.min(state.row, height);
+    state.column = Math.min(state.column, width);
+    const patch = state.row ? (state.row - 1) * width + state.column - 1 : -1;
     shown.forEach((one, m) => {
       const { canvases, bar, end, lines } = figures[m];
       const limit = state.scale === "shared" ? shared : one.limit;
@@ -180,13 +191,11 @@ function explorer(root) {
       said.push(`sinks: ${one.sinks.size} of ${one.values.length} visual tokens`);
       lines.replaceChildren(...said.map((line) => element("div", { textContent: line })));
     });
-    const { height, width } = grids[state.image - 1];
-    Object.entries({ row: height, column: width }).forEach(([name, most]) => {
-      control(name).max = most;
-    });
-    for (const name of ["image", "row", "column"]) control(name).value = state[name];
-    part("patch").value = shown.map(
-      (one) => `${one.name} ${valueAt(one, state.image - 1, patch)}`).join(", ");
+    Object.assign(control("row"), { max: height, value: state.row || "" });
+    Object.assign(control("column"), { max: width, value: state.column || "" });
+    control("image").value = state.image;
+    part("patch").textContent = state.row ? shown.map(
+      (one) => `${one.name} ${valueAt(one, state.image - 1, patch)}`).join(", ") : "";
   }
 
   function described(one, i) {
@@ -230,7 +239,7 @@ function explorer(root) {
 
   async function go(sample) {
     const number = data.samples.length;
-    Object.assign(state, { sample: (sample + number - 1) % number + 1, image: 1, row: 1, column: 1 });
+    Object.assign(state, { sample: (sample + number - 1) % number + 1, image: 1, row: 0, column: 0 });
     await open();
     store();
   }
@@ -305,7 +314,12 @@ function explorer(root) {
   listen("opacity", (input) => set({ opacity: Number(input.value) }));
   listen("sinks", (input) => set({ sinks: Number(input.checked) }));
   for (const name of ["image", "row", "column"]) {
-    listen(name, (input) => { state[name] = Number(input.value); paint(); });
+    listen(name, (input) => {
+      const [row, column] = [state.row || 1, state.column || 1];
+      Object.assign(state, { row, column, [name]: Number(input.value) });
+      paint();
+      say();
+    });
   }
   addEventListener("hashchange", () => { if (restore()) open(); });
   root.hidden = false;

@@ -85,11 +85,11 @@ class Browser:
 
     def open(self, url):
         """Load a page, also where only the part behind # differs from the page that is shown."""
-        self.send("Page.navigate", url="about:blank")
-        self.events.clear()
-        self.send("Page.navigate", url=url)
-        if not any(e["method"] == "Page.loadEventFired" for e in self.events):
-            self.wait(lambda said: said.get("method") == "Page.loadEventFired", url)
+        for address in ("about:blank", url):
+            self.events.clear()
+            self.send("Page.navigate", url=address)
+            if not any(e["method"] == "Page.loadEventFired" for e in self.events):
+                self.wait(lambda said: said.get("method") == "Page.loadEventFired", address)
 
     def run(self, expression):
         """The value of a JavaScript expression, awaited, as JSON."""
