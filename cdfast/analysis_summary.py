@@ -58,14 +58,17 @@ def bootstrap(
     index: dict[str, list[int]] = {}
     for case, unit in enumerate(units):
         index.setdefault(unit, []).append(case)
-    members = [np.array(cases) for cases in index.values()]
-    if len(members) < _FEWEST_UNITS:
+    if len(index) < _FEWEST_UNITS:
         return None
+    largest = max(map(len, index.values()))
+    # A row per unit, filled up with -1: many times as fast as a list of arrays.
+    members = np.array([cases + [-1] * (largest - len(cases)) for cases in index.values()])
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):
         chosen = rng.integers(0, len(members), len(members))
-        drawn.append(statistic(np.concatenate([members[i] for i in chosen])))
+        cases = members[chosen].ravel()
+        drawn.append(statistic(cases[cases >= 0]))
     values = np.array(drawn)
     values = values[np.isfinite(values)]
     return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdfast import analyze
+from cdfast import analysis_run, analyze
 from cdfast.analysis_summary import (
     bootstrap,
     pearson,
@@ -226,7 +226,7 @@ def test_own_data_and_chosen_layers(tmp_path):
 
 
 def test_an_interrupted_analysis_keeps_what_is_done(untrained, tmp_path, monkeypatch):
-    measure, calls = analyze.measure, []
+    measure, calls = analysis_run.measure, []
 
     def twice(*arguments):
         calls.append(1)
@@ -234,7 +234,7 @@ def test_an_interrupted_analysis_keeps_what_is_done(untrained, tmp_path, monkeyp
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(analyze, "measure", twice)
+    monkeypatch.setattr(analysis_run, "measure", twice)
     options = ["--output-dir", str(tmp_path), "--overlays", "0"]
     assert analyze.main(["miniature", untrained, *SMALL, *options]) == 130
     content = json.loads((tmp_path / "analysis.json").read_text())
