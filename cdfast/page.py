@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import math
@@ -38,19 +40,20 @@ summary { cursor: pointer; padding: .25rem 0; }
 :focus-visible { outline: .15rem solid var(--link); outline-offset: .1rem; }
 pre { background: var(--soft); padding: .75rem; overflow-x: auto; font-size: .85rem; }
 """
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
 <style>{css}</style>
 </head>
 <body>
 <main>
 {body}
-</main>
+</main>{script}
 </body>
 </html>
 """
@@ -61,8 +64,20 @@ def text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def page(title: str, header: str, sections: Mapping[str, str]) -> str:
-    """A whole page: header, links to the sections, and each section that has content."""
+def page(title: str, header: str, sections: Mapping[str, str], script: str = "") -> str:
+    """A whole page: header, links to the sections, and each section that has content.
+
+    The browser is told to load nothing and to run nothing: no network, no script. With `script`
+    it may run that one, known by its SHA-256, and show pictures that are in the page.
+
+    Args:
+        title, header: of the page; the header is HTML.
+        sections: title -> HTML.
+        script: JavaScript, run at the end of the page.
+
+    Raises:
+        ValueError: a script with text that would end its element.
+    """
     ids = {name: name.lower().replace(" ", "-") for name, content in sections.items() if content}
     links = "".join(
         f'<li><a href="#{anchor}">{text(name)}</a></li>' for name, anchor in ids.items()
@@ -75,7 +90,27 @@ def page(title: str, header: str, sections: Mapping[str, str]) -> str:
             for name, anchor in ids.items()
         ),
     ]
-    return _PAGE.format(title=text(title), css=_CSS, body="\n".join(body))
+    policy, element = _POLICY, ""
+    if script:
+        if "</script" in script.lower() or "<!--" in script:
+            raise ValueError("script: expected JavaScript without '</script' and '<!--'.")
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; img-src data:; script-src 'sha256-{digest}'"
+        element = f"\n<script>{script}</script>"
+    return _PAGE.format(
+        title=text(title), policy=policy, css=_CSS, body="\n".join(body), script=element
+    )
+
+
+def data_block(content: Any, name: str) -> str:
+    """JSON that a script of the page reads, in an element with the id `name`.
+
+    `<`, `>` and `&` are written as escapes of JSON, so that no text of it can end the element.
+    """
+    escaped = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        escaped = escaped.replace(character, f"\\u{ord(character):04x}")
+    return f'<script type="application/json" id="{text(name)}">{escaped}</script>'
 
 
 def table(
