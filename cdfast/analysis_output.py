@@ -11,12 +11,15 @@ from transformers import PreTrainedModel
 
 from cdfast import analysis_plots as plots
 from cdfast.analysis import Plan
+from cdfast.analysis_numbers import summary_rows
 from cdfast.cases import Case
 from cdfast.geometry import GeometryError
 from cdfast.maps import AttentionMaps, batch_attention_maps
 from cdfast.matching import layers_in_range
 from cdfast.prompts import find_tokens
 from cdfast.similarity import num_layers
+
+_EXPLORER_CASES = 8
 
 
 def draw_cases(
@@ -94,42 +97,33 @@ def one_of_each_kind(cases: Sequence[Case]) -> list[Case]:
     return list({case.kind: case for case in reversed(cases)}.values())[::-1]
 
 
+def explorer_cases(cases: Sequence[Case]) -> list[Case]:
+    """The first case of every kind, at most 8: what a page's explorer shows."""
+    return one_of_each_kind(cases)[:_EXPLORER_CASES]
+
+
 def draw_figures(content: Mapping[str, Any], folder: Path) -> list[str]:
     """The PNG figures of an analysis; returns their names."""
+    # One panel where there is one group: it is all there is.
+    groups = content["scopes"]["groups"]
+    scopes = ["all", *groups[:3]] if len(groups) > 1 else groups
     return [
         plots.save(figure, folder / f"{name}.png").name
-        for name, figure in plots.figures_of(content).items()
+        for name, figure in plots.figures_of(content, scopes).items()
     ]
 
 
 def results_table(content: Mapping[str, Any]) -> Table:
-    """A row per scope: accuracy of every model, correlation, and the effect of the substitution."""
-    models = list(content["models"])
-    weights = [w for w in content["substitution"]["all"] if w != "0"]
+    """A row per scope: accuracy of every model, similarity, correlation, the substitution."""
     swapped = ", ".join(content["settings"]["substituted"]) or "none"
     table = Table(
-        caption="accuracy; r: similarity of visual attention against answer probability, with its "
-        f"95% interval; change: of accuracy with the teacher's attention in layers {swapped}"
+        caption="accuracy of each model; matched: visual similarity with the teacher; r: of it and "
+        "the answer's probability, with its 95% interval; change: of accuracy with the teacher's "
+        f"attention in layers {swapped}"
     )
-    headings = ["scope", "n", *models, "r", *(f"change at {w}" for w in weights)]
+    headings, rows = summary_rows(content)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "scope" else "right")
-    for scope, number in content["cases"].items():
-        groups, swap = content["groups"][scope], content["substitution"][scope]
-        table.add_row(
-            scope,
-            str(number),
-            *(f"{content['answers'][scope][m]['accuracy']:.3f}" for m in models),
-            _with_interval(groups["pearson"], groups["pearson_ci95"]),
-            *(
-                _with_interval(swap[w]["accuracy_change"], swap[w]["accuracy_change_ci95"])
-                for w in weights
-            ),
-        )
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def _with_interval(value: float | None, interval: list[float] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")

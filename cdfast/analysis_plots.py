@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cdfast.analysis_numbers import correlation
 from cdfast.plots import LINE_STYLES, RUN_COLOURS, TEACHER_COLOUR, figure_style, svg_text
 
 _DPI = 150
 _MARKERS = "osD^vP*"
 _HATCHES = ("", "///", "...")
-MOST_PANELS = 3
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -32,13 +32,13 @@ def inline(figure: Figure, name: str, label: str) -> str:
         return svg_text(figure, name, label)
 
 
-def figures_of(content: Mapping[str, Any]) -> dict[str, Figure]:
+def figures_of(content: Mapping[str, Any], scopes: Sequence[str]) -> dict[str, Figure]:
     """The figures of one analysis by name: attention, similarity, groups, substitution.
 
     Args:
         content: of analysis.json; where nothing was substituted there is no such figure.
+        scopes: a panel each.
     """
-    scopes = panel_scopes(content)
     figures = {
         "attention": attention_figure(content["answer_attention"], scopes),
         "similarity": similarity_figure(content["similarity"], scopes),
@@ -49,12 +49,6 @@ def figures_of(content: Mapping[str, Any]) -> dict[str, Figure]:
         bars = {name.replace("_", " "): content["substitution"][name] for name in names}
         figures["substitution"] = substitution_figure({"": bars})
     return figures
-
-
-def panel_scopes(content: Mapping[str, Any]) -> list[str]:
-    """Scopes that have a panel: all cases and the first groups; one where there is one group."""
-    groups = content["scopes"]["groups"]
-    return ["all", *groups[:MOST_PANELS]] if len(groups) > 1 else list(groups)
 
 
 def _look(model: str, models: Sequence[str]) -> dict[str, Any]:
@@ -189,15 +183,6 @@ def groups_figure(by_run: Mapping[str, Mapping[str, Any]], scopes: Sequence[str]
     return figure
 
 
-def correlation(found: Mapping[str, Any]) -> str:
-    """Pearson's coefficient of `similarity_groups` and its interval, as text."""
-    if found["pearson"] is None:
-        return "no correlation: nothing varies"
-    interval = found["pearson_ci95"]
-    text = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    return f"r = {found['pearson']:.2f}{text}"
-
-
 def substitution_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
     """Change of accuracy and answer probability when the teacher's attention is put in place.
 
@@ -205,7 +190,7 @@ def substitution_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -
         panels: title of a column of panels -> name of a group of bars -> `substitution_effect`.
     """
     bars = len(next(iter(panels.values())))
-    width = max(6.0, (1.1 if bars > 3 else 1.4) * bars + 2) if len(panels) == 1 else 4.6
+    width = max(6.0, 0.8 * bars + 1.6) if len(panels) == 1 else 4.6
     with figure_style("substitution"):
         figure = Figure(figsize=(width * len(panels), 5.6), layout="constrained")
         axes = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row")

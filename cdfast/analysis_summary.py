@@ -147,7 +147,8 @@ def similarity_groups(
     Returns:
         `groups`: per group, in ascending order, its number of cases `n`, mean `similarity`, mean
         `probability`, `accuracy` and `ci95` of the probability; `pearson` and `spearman` over
-        single cases, each with its `_ci95`; `n` cases and `units`.
+        single cases, each with its `_ci95`; mean `similarity` with its `_ci95`; `n` cases and
+        `units`.
     """
     similarity = np.array([c["matched"] for c in cases])
     answers = [c["answers"]["student"] for c in cases]
@@ -167,6 +168,8 @@ def similarity_groups(
             }
         )
     result: dict[str, Any] = {"n": len(cases), "units": len(set(units)), "groups": table}
+    result["similarity"] = float(similarity.mean())
+    result["similarity_ci95"] = bootstrap(_mean_of(similarity), units, seed, resamples)
     for name, coefficient in (("pearson", pearson), ("spearman", spearman)):
         result[name] = _finite(coefficient(similarity, probability))
         drawn = _of_pairs(coefficient, similarity, probability)

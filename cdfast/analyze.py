@@ -4,13 +4,15 @@
 
 Five experiments: the answer token's attention on visual and text keys by layer; similarity with the
 teacher's attention by layer; answer probability by similarity; the teacher's attention put in place
-of the student's; overlays on the picture. Writes analysis.json, cases.jsonl (as cases are done) and
-PNG figures. Without --data the questions are the miniature's scenes.
+of the student's; overlays on the picture. Writes analysis.json, cases.jsonl (as cases are done),
+PNG figures, and report.html with an explorer of single questions. Without --data the questions are
+the miniature's scenes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,12 +25,14 @@ from rich.console import Console
 from transformers import AutoProcessor, PreTrainedModel
 
 from cdfast.aligner import image_token_id
-from cdfast.analysis import ROWS, SUBSTITUTE_ROWS
-from cdfast.analysis_output import draw_cases, draw_figures, results_table
+from cdfast.analysis import ROWS, SUBSTITUTE_ROWS, Plan
+from cdfast.analysis_output import draw_cases, draw_figures, explorer_cases, results_table
+from cdfast.analysis_report import EXPLORER_FILE, UNAVAILABLE, write_analysis_page
 from cdfast.analysis_run import Settings, analyze_cases, make_plan, write_analysis
 from cdfast.analysis_summary import RESAMPLES
 from cdfast.cases import ANSWER_TOKENS, Case, cases_of_file, cases_of_questions
 from cdfast.config import MINIATURE, ConfigError
+from cdfast.explorer import explorer_data
 from cdfast.geometry import GeometryError
 from cdfast.images import DataError
 from cdfast.matching import LAYER_RANGES
@@ -133,8 +137,28 @@ def analyze(options: argparse.Namespace) -> int:
     content["seconds"] = round(time.perf_counter() - start, 1)
     path = write_analysis(content, folder)
     console.print(results_table(content))
-    console.print(f"{path}, {len(content['figures']) + len(content['overlays'])} figures beside it")
+    explorer = _explorer(models, processor, cases, plan)
+    (folder / EXPLORER_FILE).write_text(json.dumps(explorer, allow_nan=False) + "\n")
+    page = write_analysis_page(folder, content, explorer)
+    drawn = len(content["figures"]) + len(content["overlays"])
+    print(f"{path}, {drawn} figures beside it\n{page}")
     return 130 if content["interrupted"] else 0
+
+
+def _explorer(
+    models: dict[str, PreTrainedModel], processor: Any, cases: Sequence[Case], plan: Plan
+) -> dict[str, Any]:
+    """Of the first question of every kind; or why there is none."""
+    try:
+        return explorer_data(
+            models,
+            processor,
+            explorer_cases(cases),
+            matches=plan.matched,
+            backend=plan.backend,
+        )
+    except ValueError as error:  # the analysis itself is done and written
+        return {UNAVAILABLE: str(error)}
 
 
 def _source(options: argparse.Namespace) -> dict[str, Any]:
@@ -185,7 +209,7 @@ def load_cases(options: argparse.Namespace) -> list[Case]:
     """The questions: of --data, or the miniature's scenes."""
     if options.data is not None:
         root = options.image_root or options.data.parent
-        return cases_of_file(options.data, root, options.limit)
+        return cases_of_file(options.data, [root], options.limit)
     questions = miniature_suite(options.split, options.per_kind, options.vqa_per_kind, options.seed)
     return cases_of_questions(questions, options.limit)
 
