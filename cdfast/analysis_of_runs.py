@@ -43,8 +43,6 @@ from cdfast.suites import miniature_suite
 
 ANALYSIS_FOLDER = "analysis"
 QUESTIONS_PER_KIND = 20
-# Half the draws of the command: enough for figures, and a default run stays short.
-RESAMPLES = 1000
 
 
 class TrainedRun(NamedTuple):
@@ -112,16 +110,13 @@ def analyze_runs(
     loaded = _Loaded(main.recipe)
     analyses = {}
     for name, run in runs.items():
-        reason = unavailable(main.recipe, run.recipe)
-        analyses[name] = (
-            {UNAVAILABLE: reason}
-            if reason
-            else _or_reason(name, lambda r=run: _analysis(r, loaded))
-        )
-    first = next(iter(analyses.values()))
-    if UNAVAILABLE in first:
+        if reason := unavailable(main.recipe, run.recipe):
+            analyses[name] = {UNAVAILABLE: reason}
+        else:
+            analyses[name] = _or_reason(name, partial(_analysis, run, loaded))
+    if UNAVAILABLE in next(iter(analyses.values())):
         return analyses, {}
-    return analyses, _or_reason("explorer", lambda: _explorer(runs, loaded))
+    return analyses, _or_reason("explorer", partial(_explorer, runs, loaded))
 
 
 def unavailable(main: Recipe, recipe: Recipe) -> str | None:
@@ -168,7 +163,6 @@ def _analysis(run: TrainedRun, loaded: _Loaded) -> dict[str, Any]:
     settings = Settings(
         matching="simple" if run.recipe.matching == "simple" else "group",
         layers=run.recipe.layers or "intermediate",
-        resamples=RESAMPLES,
         backend=run.recipe.backend,
     )
     wanted = {**_source(loaded.main), **settings.as_json()}
