@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from cdfast.aligner import build_layout, image_token_id
 from cdfast.analysis import answers, log_probabilities, read
-from cdfast.cases import Case, encode_cases
+from cdfast.cases import Case, EncodedCases, encode_cases
 from cdfast.geometry import GeometryError
 from cdfast.maps import AttentionMaps, batch_attention_maps
 from cdfast.matching import Matches
@@ -35,12 +36,22 @@ from cdfast.similarity import num_layers
 _SIDE = 512
 # Up to this size a picture is kept without loss: toy scenes and icons.
 _SMALL = 128
-# Bytes of JSON around a layer's numbers, and around a token or a sample's other fields.
-_LAYER_BYTES, _TOKEN_BYTES, _SAMPLE_BYTES = 160, 90, 1200
-# Base64 writes 3 bytes as 4.
-_BASE64 = 4 / 3
+# Bytes of JSON around a token, and around anything larger: a layer, an image, a model, a sample.
+_TOKEN_BYTES, _ITEM_BYTES = 90, 300
 
 Layers = dict[str, list[int]]
+
+
+class _Read(NamedTuple):
+    """Who reads the samples, and which teacher layers a student layer stands beside."""
+
+    models: Mapping[str, PreTrainedModel]
+    processor: Any
+    token: int
+    reference: str
+    student: str
+    matches: Matches
+    backend: str
 
 
 class _Draft(NamedTuple):
@@ -103,20 +114,17 @@ def explorer_data(
     check_layers(models[student], matches)
     check_layers(models[reference], [t for window in matches.values() for t in window])
     token = image_token_id(models[reference])
-    drafts = [_draft(processor, case, token) for case in cases]
-    plans = _plans(depths, allowed, matches, reference, student)
-    kept, number = _fit(drafts, plans, budget_bytes)
-    samples = []
-    for draft in track(drafts[:number], "attention explorer", transient=True):
-        samples.append(
-            _sample(models, processor, draft, token, kept, matches, (reference, student), backend)
-        )
+    by = _Read(models, processor, token, reference, student, matches, backend)
+    drafts = [_draft(by, case) for case in cases]
+    kept, number = _fit(drafts, _plans(by, depths, allowed), budget_bytes)
+    bar = tqdm(drafts[:number], desc="attention explorer", unit="sample", leave=False)
+    samples = [_sample(by, draft, kept) for draft in bar]
     return {
         "reference": reference,
         "student": student,
         "models": [{"name": n, "depth": depths[n], "layers": kept[n]} for n in models],
         "matches": {str(s): list(window) for s, window in matches.items()},
-        "left_out": _left_out(depths, kept, len(cases), number, budget_bytes),
+        "left_out": _left_out(allowed, kept, drafts, number, budget_bytes),
         "samples": samples,
     }
 
@@ -124,44 +132,38 @@ def explorer_data(
 # -- what fits -------------------------------------------------------------------------------------
 
 
-def _draft(processor: Any, case: Case, token: int) -> _Draft:
-    prompt = case.prompt(processor)
-    layout = build_layout(encode_prompts(processor, [prompt]), token)
+def _draft(by: _Read, case: Case) -> _Draft:
+    prompt = case.prompt(by.processor)
+    layout = build_layout(encode_prompts(by.processor, [prompt]), by.token)
     visual = int(layout.visual.sum())
     rows = int((layout.live & ~layout.visual & (layout.visual.cumsum(1) > 0)).sum())
     pictures = [picture_uri(image) for image in prompt.images]
-    # Non-ASCII text is written as \\uXXXX; cells of planes as numbers with a comma.
-    fixed = _SAMPLE_BYTES + sum(map(len, pictures)) + rows * _TOKEN_BYTES
-    fixed += 12 * len(prompt.text) + 8 * visual
-    # Values, then a scale and a share per row, then sinks as numbers.
-    per_layer = _LAYER_BYTES + _BASE64 * (rows * visual + 2 * 4 * rows) + 2 * 7 * visual
+    fixed = sum(map(len, pictures)) + _ITEM_BYTES * (4 + len(pictures) + len(by.models))
+    # A character is an escape of six bytes at most, in its token and in the question; a cell of a
+    # plane is a number.
+    fixed += rows * _TOKEN_BYTES + 12 * len(prompt.text) + 8 * visual
+    # Base64 writes 3 bytes as 4: values, a scale and a share per row. Sinks are numbers, of the
+    # layer and of a window.
+    per_layer = _ITEM_BYTES + rows * (4 / 3 * visual + 20) + 2 * 7 * visual
     return _Draft(case, prompt, pictures, fixed, per_layer)
 
 
-def _plans(
-    depths: Mapping[str, int],
-    allowed: Layers,
-    matches: Matches,
-    reference: str,
-    student: str,
-) -> list[Layers]:
+def _plans(by: _Read, depths: Mapping[str, int], allowed: Layers) -> list[Layers]:
     """Sets of layers to keep, the largest first: all, then with ever fewer of the student's."""
-    matched = [s for s in allowed[student] if s in matches]
-    others = [s for s in allowed[student] if s not in matches]
+    ours = allowed[by.student]
+    matched = [s for s in ours if s in by.matches]
+    others = [s for s in ours if s not in by.matches]
     plans = [allowed]
-    for number in range(len(allowed[student]), 0, -1):
+    for number in range(len(ours), 0, -1):
         chosen = spread(matched, number) + spread(others, number - len(matched))
-        plan: Layers = {}
+        plan = {}
         for name, depth in depths.items():
-            wanted = {nearest(s, depths[student], depth, allowed[name]) for s in chosen}
-            if name == reference and reference != student:
-                wanted = {
-                    t
-                    for s in chosen
-                    for t in matches.get(s) or [nearest(s, depths[student], depth, allowed[name])]
-                    if t in allowed[name]
-                }
-            plan[name] = sorted(chosen) if name == student else sorted(wanted)
+            beside: set[int] = set()
+            for s in chosen:
+                window = by.matches.get(s, ()) if name == by.reference else ()
+                found = [t for t in window if t in allowed[name]]
+                beside |= {*found} or {nearest(s, depths[by.student], depth, allowed[name])}
+            plan[name] = sorted(chosen if name == by.student else beside)
         plans.append(plan)
     return plans
 
@@ -184,67 +186,65 @@ def nearest(layer: int, depth: int, other: int, kept: Sequence[int]) -> int:
 def _fit(drafts: Sequence[_Draft], plans: Sequence[Layers], budget: int) -> tuple[Layers, int]:
     """The first plan in which all drafts fit, or the last one; and how many drafts fit."""
     for plan in plans:
-        count = sum(map(len, plan.values()))
-        sizes = np.cumsum([draft.fixed + count * draft.per_layer for draft in drafts])
-        fitting = int((sizes <= budget - _SAMPLE_BYTES).sum())
+        sizes = np.cumsum([_size(draft, plan) for draft in drafts])
+        fitting = int((sizes <= budget).sum())
         if fitting == len(drafts):
             break
     return plan, fitting
 
 
-def _left_out(depths: Mapping[str, int], kept: Layers, cases: int, number: int, budget: int) -> str:
+def _size(draft: _Draft, plan: Layers) -> float:
+    return draft.fixed + sum(map(len, plan.values())) * draft.per_layer
+
+
+def _left_out(
+    allowed: Layers, kept: Layers, drafts: Sequence[_Draft], number: int, budget: int
+) -> str:
     parts = [
-        f"{depth - len(kept[name])} of {depth} layers of {name}"
-        for name, depth in depths.items()
-        if len(kept[name]) < depth
+        f"{len(kept[name])} of {len(layers)} layers of {name} ({', '.join(map(str, kept[name]))})"
+        for name, layers in allowed.items()
+        if len(kept[name]) < len(layers)
     ]
-    if number < cases:
-        parts.append(f"{cases - number} of {cases} samples")
+    if number < len(drafts):
+        parts.append(f"{number} of {len(drafts)} samples")
     if not parts:
         return ""
-    return f"Left out (at most {budget / 2**20:.3g} MiB of data are kept): {'; '.join(parts)}."
+    sentence = f"To keep the data within {budget / 2**20:.3g} MiB, here are {', '.join(parts)}."
+    if number:
+        return sentence
+    return f"{sentence} The first sample takes {_size(drafts[0], kept) / 2**20:.3g} MiB."
 
 
 # -- one sample ------------------------------------------------------------------------------------
 
 
-def _sample(
-    models: Mapping[str, PreTrainedModel],
-    processor: Any,
-    draft: _Draft,
-    token: int,
-    kept: Layers,
-    matches: Matches,
-    roles: tuple[str, str],
-    backend: str,
-) -> dict[str, Any]:
-    case, prompt = draft.case, draft.prompt
-    reference, student = roles
-    maps = {
-        name: batch_attention_maps(model, processor, [prompt], layers=kept[name], backend=backend)[
-            0
-        ]
-        for name, model in models.items()
-    }
-    first = maps[reference]
+def _sample(by: _Read, draft: _Draft, kept: Layers) -> dict[str, Any]:
+    case = draft.case
+    encoded = encode_cases(by.processor, [case], by.token)
+    maps: dict[str, AttentionMaps] = {}
+    for name, model in by.models.items():
+        [maps[name]] = batch_attention_maps(
+            model, by.processor, [draft.prompt], layers=kept[name], backend=by.backend
+        )
+    first = maps[by.reference]
     tokens, rows = _tokens(first)
-    encoded = encode_cases(processor, [case], token)
     described = {}
-    for name, model in models.items():
+    for name, model in by.models.items():
         if maps[name].rows != first.rows:
             raise ValueError(
-                f"{name}: expected text tokens at the positions of {reference}'s; they are "
+                f"{name}: expected text tokens at the positions of {by.reference}'s; they are "
                 "elsewhere. Models in one explorer share tokenizer and image processor."
             )
-        with observed(model):
-            hidden = read(model, encoded, {}, backend).hidden
-            [answer] = answers(encoded, log_probabilities(model, hidden, encoded.answer_rows))
         # Sinks of a window's mean map are not those of its layers.
-        windows = [matches[s] for s in kept[student] if s in matches] if name == reference else []
+        windows = [by.matches[s] for s in kept[by.student] if s in by.matches]
+        layers = {str(n): _layer(maps[name], n, rows, name) for n in kept[name]}
         described[name] = {
-            **answer,
-            "layers": {str(n): _layer(maps[name], n, rows, name) for n in kept[name]},
-            "sinks": _sinks(maps[name], [*((n,) for n in kept[name]), *windows]),
+            **_answer(model, encoded, name, by.backend),
+            "layers": layers,
+            "sinks": _sinks(
+                maps[name],
+                [*((n,) for n in kept[name]), *(windows if name == by.reference else [])],
+            ),
         }
     images, geometry = _images(first, draft.pictures)
     asked = (p["text"] for m in case.messages for p in m["content"] if p["type"] == "text")
@@ -259,6 +259,22 @@ def _sample(
         "tokens": tokens,
         "models": described,
     }
+
+
+def _answer(
+    model: PreTrainedModel, encoded: EncodedCases, name: str, backend: str
+) -> dict[str, Any]:
+    """Probability of the right answer's first token, and whether the model is right."""
+    with observed(model):
+        hidden = read(model, encoded, {}, backend).hidden
+        [found] = answers(encoded, log_probabilities(model, hidden, encoded.answer_rows))
+    if not math.isfinite(found["probability"]):
+        raise ValueError(
+            f"{name}: expected a finite probability of the answer {encoded.cases[0].answer!r}; got "
+            f"{found['probability']}. Check the model's weights, and that its dtype holds its "
+            "activations."
+        )
+    return found
 
 
 def _tokens(maps: AttentionMaps) -> tuple[list[dict[str, Any]], list[int]]:
@@ -282,8 +298,8 @@ def _tokens(maps: AttentionMaps) -> tuple[list[dict[str, Any]], list[int]]:
     return tokens, list(rows)
 
 
-def _layer(maps: AttentionMaps, layer: int, rows: Sequence[int], name: str) -> dict[str, str]:
-    """Values, scales and shares of a layer's rows, in base64 (bytes, float32, float32)."""
+def _layer(maps: AttentionMaps, layer: int, rows: Sequence[int], name: str) -> dict[str, Any]:
+    """A layer's rows in base64: the values (bytes) of each; all scales and shares (float32)."""
     values = maps.layers[layer].select(rows).reduced("mean").float().numpy()
     if not np.isfinite(values).all():
         raise ValueError(
@@ -293,7 +309,7 @@ def _layer(maps: AttentionMaps, layer: int, rows: Sequence[int], name: str) -> d
     scales = values.max(1)
     roots = np.sqrt(values / np.where(scales > 0, scales, 1)[:, None])
     return {
-        "values": _base64(np.rint(255 * roots).astype(np.uint8)),
+        "values": [_base64(row) for row in np.rint(255 * roots).astype(np.uint8)],
         "scales": _base64(scales.astype("<f4")),
         "shares": _base64(values.sum(1).astype("<f4")),
     }

@@ -9,12 +9,20 @@ from typing import Any
 
 from cdfast.page import data_block, text
 
-_ASSETS = Path(__file__).parent / "assets"
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / "assets" / name).read_text("utf-8")
+
+
 # The script sets the style too: without a script there is nothing to style, and pages that have no
 # explorer stay as they are.
-SCRIPT = (
-    f"const EXPLORER_STYLE = {json.dumps((_ASSETS / 'explorer.css').read_text('utf-8'))};\n"
-    + (_ASSETS / "explorer.js").read_text("utf-8")
+SCRIPT = "\n".join(
+    [
+        '"use strict";',
+        f"const EXPLORER_STYLE = {json.dumps(_asset('explorer.css'))};",
+        _asset("explorer_maps.js"),
+        _asset("explorer.js"),
+    ]
 )
 _SECTION = """
 <p>Where the models look when they read a token or write the answer: attention on the image, mean
@@ -38,11 +46,13 @@ this page need no script.</p></noscript>
 <option value="depth">same relative depth</option>
 <option value="own">chosen for each model</option>
 </select></label>
-<label>Layer of {student} <output data-part="layer"></output>
-<input type="range" data-control="layer" min="0" step="1"></label>
+<div data-part="slider"><label>Layer of {student}
+<input type="range" data-control="layer" min="0" step="1" aria-describedby="{name}-layer"></label>
+<span data-part="layer" id="{name}-layer"></span></div>
 </div>
 <div class="explorer-bar" data-part="own" role="group" aria-label="Layer of each model"></div>
-<fieldset><legend>Token</legend><div class="explorer-tokens" data-part="tokens"></div></fieldset>
+<fieldset><legend>Token (in a frame: the answer)</legend>
+<div class="explorer-tokens" data-part="tokens"></div></fieldset>
 <div class="explorer-bar">
 <label>Colour scale <select data-control="scale">
 <option value="shared">shared by the models</option>
@@ -55,11 +65,11 @@ this page need no script.</p></noscript>
 <p class="caveat" data-part="geometry" hidden></p>
 <div class="explorer-figures" data-part="figures"></div>
 <div class="explorer-bar" role="group" aria-label="One patch">
-<label data-part="image-label">Patch in image
-<input type="number" data-control="image" min="1"></label>
-<label>Patch in row <input type="number" data-control="row" min="1"></label>
+<span>One patch:</span>
+<label data-part="image">image <input type="number" data-control="image" min="1"></label>
+<label>row <input type="number" data-control="row" min="1"></label>
 <label>column <input type="number" data-control="column" min="1"></label>
-<output data-part="patch"></output>
+<span data-part="patch"></span>
 </div>
 <details><summary>The patches with the most attention, as a table</summary>
 <div class="scroll" role="region" tabindex="0" aria-label="The patches with the most attention">
@@ -67,12 +77,14 @@ this page need no script.</p></noscript>
 <details><summary>What the numbers mean</summary>
 <p>Layers count from 0. Matched: a layer of the student beside the mean map of the teacher layers it
 was aligned with; other models in the layer at the same relative depth. Cosine: of the two maps over
-all visual tokens, in the chosen row.</p>
+all visual tokens, in the chosen row. P(right answer): probability of its first token; a model
+answers right if that is the most likely of the choices' first tokens, or, without choices, of all
+tokens.</p>
 <p>A cross marks a sink: a patch that is above mean + std of the map in more than half of the text
 rows. Crossed patches do not set the end of the colour scale.</p>
-<p>Patches are shown on the picture as the model was given it; what it never saw is dark. Shares of
-the image are exact. The value of a patch is stored in one byte, so it may be off by up to 0.4% of
-the largest one in its row.</p></details>
+<p>Patches are shown on the picture as the model was given it, with its padding; what it never saw
+is dark. Rows and columns count patches. Shares of the image are exact. The value of a patch is
+stored in one byte, so it may be off by up to 0.4% of the largest one in its row.</p></details>
 {data}
 </div>
 """

@@ -1,202 +1,56 @@
-// The attention explorer of a report: see cdfast/explorer.py for the data.
-"use strict";
-
-// Inferno without its darkest part, as in the overlays of cdfast.maps.
-const COLOURS = ("2b0b57 440a68 59106e 6f196e 84206b 9a2865 b0315b c33b4f d54a41 e45a31 f06f20 " +
-  "f8870e fc9f07 fbba1f f7d340 f1ed71 fcffa4").split(" ").map(
-  (hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));
-const STRIP = 32; // tokens in a line where their places in the picture are not known
-const LONGER = 448; // pixels of a picture's longer side on its canvas, at least
+// The attention explorer: its state, its controls (cdfast/explorer_page.py) and what is shown.
 const TOP = 8; // patches of each model in the table
-const SAY_AFTER = 400; // milliseconds without a change, before it is told to screen readers
-
-function colour(share, alpha) {
-  const at = Math.min(1, Math.max(0, share)) * (COLOURS.length - 1);
-  const low = Math.min(Math.floor(at), COLOURS.length - 2);
-  const mixed = COLOURS[low].map((c, i) => Math.round(c + (COLOURS[low + 1][i] - c) * (at - low)));
-  return `rgba(${mixed.join(",")},${alpha})`;
-}
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-const bytes = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-const floats = (base64) => new Float32Array(bytes(base64).buffer);
-const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)}%`;
-const sum = (values) => values.reduce((total, value) => total + value, 0);
-const named = (layers) => (layers.length > 1 ? "layers " : "layer ") + layers.join(", ");
-
-function cosine(a, b) {
-  const dot = (x, y) => x.reduce((total, value, i) => total + value * y[i], 0);
-  const norm = Math.sqrt(dot(a, a) * dot(b, b));
-  return norm > 0 ? dot(a, b) / norm : 1;
-}
-
-// The finest grid of an image: which part of which token each of its cells shows.
-function cells(planes) {
-  const [height, width] = planes[0].shape;
-  const shares = Array.from({ length: height * width }, () => []);
-  for (const { shape, tokens } of planes) {
-    const [down, across] = [height / shape[0], width / shape[1]];
-    shares.forEach((parts, cell) => {
-      const row = Math.floor(Math.floor(cell / width) / down);
-      const token = tokens[row * shape[1] + Math.floor((cell % width) / across)];
-      if (token >= 0) parts.push([token, 1 / (down * across)]);
-    });
-  }
-  return { height, width, box: planes[0].box, parts: shares };
-}
-
-// One grid per image, or, where places are not known, one strip of all visual tokens.
-function gridsOf(sample) {
-  if (!sample.geometry) {
-    return sample.images.map((image) => ({ ...cells(image.planes), image }));
-  }
-  const width = Math.min(STRIP, sample.visual);
-  const height = Math.ceil(sample.visual / width);
-  const tokens = Array.from({ length: height * width }, (_, i) => (i < sample.visual ? i : -1));
-  const side = LONGER / STRIP;
-  const box = [0, 0, width * side, height * side];
-  const image = { width: width * side, height: height * side };
-  return [{ ...cells([{ shape: [height, width], tokens, box }]), image }];
-}
-
-function greyPicture(image, picture) {
-  const zoom = Math.max(1, Math.ceil(LONGER / Math.max(image.width, image.height)));
-  const scale = Math.min(zoom, 2 * LONGER / Math.max(image.width, image.height));
-  const canvas = element("canvas", {
-    width: Math.round(image.width * scale), height: Math.round(image.height * scale) });
-  const pen = canvas.getContext("2d");
-  pen.fillStyle = "#555";
-  pen.fillRect(0, 0, canvas.width, canvas.height);
-  if (picture) {
-    pen.imageSmoothingEnabled = zoom < 3;
-    pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
-    const pixels = pen.getImageData(0, 0, canvas.width, canvas.height);
-    for (let i = 0; i < pixels.data.length; i += 4) {
-      const [red, green, blue] = pixels.data.subarray(i, i + 3);
-      pixels.data.fill(51 + 0.8 * (0.299 * red + 0.587 * green + 0.114 * blue), i, i + 3);
-    }
-    pen.putImageData(pixels, 0, 0);
-  }
-  return canvas;
-}
-
-// Draw a map over its grey picture; `look`: opacity, whether sinks are marked, the patch chosen.
-function draw(canvas, grey, grid, values, sinks, limit, look) {
-  const pen = canvas.getContext("2d");
-  const scale = canvas.width / grid.image.width;
-  const [left, top, right, bottom] = grid.box.map((edge) => edge * scale);
-  const edgeX = (column) => Math.round(left + (right - left) * column / grid.width);
-  const edgeY = (row) => Math.round(top + (bottom - top) * row / grid.height);
-  pen.drawImage(grey, 0, 0);
-  pen.fillStyle = "rgba(0,0,0,.75)"; // what the model never saw
-  pen.beginPath();
-  pen.rect(0, 0, canvas.width, canvas.height);
-  pen.rect(left, top, right - left, bottom - top);
-  pen.fill("evenodd");
-  values.forEach((value, cell) => {
-    const [row, column] = [Math.floor(cell / grid.width), cell % grid.width];
-    const box = [edgeX(column), edgeY(row)];
-    box.push(edgeX(column + 1) - box[0], edgeY(row + 1) - box[1]);
-    const share = limit > 0 ? Math.min(1, value / limit) : 0;
-    pen.fillStyle = colour(share, look.opacity * share);
-    pen.fillRect(...box);
-    if (look.sinks && sinks[cell]) cross(pen, ...box);
-    if (cell === look.cell) {
-      pen.lineWidth = 3;
-      pen.strokeStyle = "#000";
-      pen.strokeRect(...box);
-      pen.lineWidth = 1;
-      pen.strokeStyle = "#fff";
-      pen.strokeRect(...box);
-    }
-  });
-}
-
-function cross(pen, x, y, width, height) {
-  const arm = 0.3 * Math.min(width, height);
-  const [middle, centre] = [x + width / 2, y + height / 2];
-  for (const [style, line] of [["#000", 4], ["#fff", 2]]) { // seen on any background
-    pen.strokeStyle = style;
-    pen.lineWidth = line;
-    pen.beginPath();
-    for (const slope of [1, -1]) {
-      pen.moveTo(middle - arm, centre - slope * arm);
-      pen.lineTo(middle + arm, centre + slope * arm);
-    }
-    pen.stroke();
-  }
-}
-
-
-function drawBar(canvas, opacity) {
-  const pen = canvas.getContext("2d");
-  for (let x = 0; x < canvas.width; x++) {
-    const share = x / (canvas.width - 1);
-    for (const style of ["#888", colour(share, opacity * share)]) {
-      pen.fillStyle = style;
-      pen.fillRect(x, 0, 1, canvas.height);
-    }
-  }
-}
+const SPOKEN = { "\n": "new line", "\n\n": "empty line", " ": "space", "": "part of a character" };
+const SAY_AFTER = 400; // milliseconds without a change before screen readers are told
 
 function explorer(root) {
   const data = JSON.parse(document.getElementById(root.dataset.from).textContent);
   const part = (name) => root.querySelector(`[data-part="${name}"]`);
   const control = (name) => root.querySelector(`[data-control="${name}"]`);
-  const student = data.models.find((model) => model.name === data.student);
-  const kept = data.models.find((model) => model.name === data.reference).layers;
+  const modelOf = (name) => data.models.find((model) => model.name === name);
+  const [student, teacher] = [modelOf(data.student), modelOf(data.reference)];
   const matched = student.layers.filter(
-    (layer) => data.matches[layer]?.every((other) => kept.includes(other)));
+    (layer) => data.matches[layer]?.every((other) => teacher.layers.includes(other)));
   const start = { sample: 1, mode: matched.length ? "matched" : "depth", token: "",
     layer: matched[0] ?? student.layers[0], scale: "shared", opacity: 0.75, sinks: 1 };
-  const state = { ...start, own: {}, image: 1, row: 1, column: 1 };
-  let grids = []; // of the sample that is shown
+  const state = { ...start, own: {}, image: 1, row: 0, column: 0 }; // row 0: no patch
+  let grids = []; // of the sample's images
   let greys = []; // its pictures in grey
-  let figures = []; // of each model: its canvases and texts
-  let shown = []; // of each model: layers, values, share, sinks; its maps and marks per grid
-  let saying = 0;
+  let figures = []; // of each model: its canvases, its colour bar and its lines of text
+  let shown = []; // of each model: its layers, values, maps on the grids, sinks
+  let saying = 0; // the timer of what screen readers are told
 
   const sampleNow = () => data.samples[state.sample - 1];
   const choices = () => (state.mode === "matched" ? matched : student.layers);
   const reference = () => shown.find((one) => one.name === data.reference);
+  const similar = (one) => cosine(one.values, reference().values).toFixed(2);
 
   function layersOf(model) {
     if (state.mode === "own") return [state.own[model.name]];
     if (model === student) return [state.layer];
-    if (state.mode === "matched" && model.name === data.reference) return data.matches[state.layer];
-    // The layer at the same relative place (l + 0.5) / depth, as in cdfast/explorer.py.
+    if (state.mode === "matched" && model === teacher) return data.matches[state.layer];
+    // The layer at the same relative place (l + 0.5) / depth, as `nearest` in cdfast/explorer.py.
     const away = (layer) => Math.abs(
       (2 * layer + 1) * student.depth - (2 * state.layer + 1) * model.depth);
     return [model.layers.reduce((best, layer) => (away(layer) < away(best) ? layer : best))];
   }
 
-  function rowsNow() {
-    const whole = state.token === "answer";
-    return sampleNow().tokens.filter((token) => token.row !== null &&
-      (whole ? token.answer : String(token.number) === state.token)).map((token) => token.row);
-  }
-
-  // The mean row of the chosen tokens over layers, and the exact share of it on the image.
-  function read(model, layers) {
-    const { visual, models } = sampleNow();
-    const rows = rowsNow();
+  // A model's map: the mean over layers, and over the tokens of the answer if all are asked for.
+  function read(model) {
+    const { visual, tokens, models } = sampleNow();
+    const layers = layersOf(model);
+    const rows = tokens.filter((token) => token.row !== null && (state.token === "answer"
+      ? token.answer : String(token.number) === state.token)).map((token) => token.row);
+    const weight = 1 / (layers.length * rows.length);
     const values = new Array(visual).fill(0);
     let share = 0;
-    for (const layer of layers) {
-      const stored = models[model.name].layers[layer];
-      const codes = bytes(stored.values);
+    for (const stored of layers.map((layer) => models[model.name].layers[layer])) {
       const [scales, shares] = [floats(stored.scales), floats(stored.shares)];
       for (const row of rows) {
-        const weight = 1 / (layers.length * rows.length);
         share += weight * shares[row];
-        for (let i = 0; i < visual; i++) {
-          values[i] += weight * scales[row] * (codes[row * visual + i] / 255) ** 2;
-        }
+        bytes(stored.values[row]).forEach((code, i) => {
+          values[i] += weight * scales[row] * (code / 255) ** 2;
+        });
       }
     }
     const sinks = new Set(models[model.name].sinks[layers.join(",")]);
@@ -206,271 +60,279 @@ function explorer(root) {
       (parts) => parts.some(([token]) => sinks.has(token))));
     const free = maps.flatMap((map, i) => map.filter((_, cell) => !marks[i][cell]));
     const limit = Math.max(0, ...(free.length ? free : maps.flat()));
-    return { name: model.name, layers, values, share, sinks, maps, marks, limit };
+    const title = (layers.length > 1 ? "layers " : "layer ") + layers.join(", ");
+    return { name: model.name, title, values, share, sinks, maps, marks, limit };
   }
 
   function place(i, cell) {
+    const { width } = grids[i];
     if (sampleNow().geometry) return `visual token ${cell + 1}`;
-    const where = `row ${Math.floor(cell / grids[i].width) + 1}, ` +
-      `column ${(cell % grids[i].width) + 1}`;
+    const where = `row ${Math.floor(cell / width) + 1}, column ${(cell % width) + 1}`;
     return grids.length > 1 ? `image ${i + 1}, ${where}` : where;
   }
 
-  const all = (one) => one.maps.flatMap((map, i) => map.map((value, cell) => (
-    { i, cell, value })));
-  const highest = (one, count) => all(one).sort((a, b) => b.value - a.value).slice(0, count);
-  const value = (one, i, cell) => percent(one.maps[i][cell]) + (one.marks[i][cell] ? " (sink)" : "");
-  const similar = (one) => cosine(one.values, reference().values).toFixed(2);
+  const valueAt = (one, i, cell) => percent(one.maps[i][cell]) +
+    (one.marks[i][cell] ? " (sink)" : "");
 
-  // -- the page -----------------------------------------------------------------------------
+  // -- what is shown ---
 
-  // Another sample: its pictures, tokens and empty figures.
+  // Another sample: its pictures, its tokens, and figures without content.
   async function open() {
     const sample = sampleNow();
-    const pictures = sample.images.map((image, i) => element("img", { src: image.uri,
-      alt: `picture ${i + 1} of ${sample.images.length}`,
-      className: Math.max(image.width, image.height) < LONGER / 2 ? "pixels" : "" }));
+    const pictures = sample.images.map(({ uri, width, height }, i) => element("img", { src: uri,
+      alt: sample.images.length > 1 ? `Picture ${i + 1} as it is` : "The picture as it is",
+      className: Math.max(width, height) < LONGER / 3 ? "pixels" : "" }));
     await Promise.all(pictures.map((picture) => picture.decode()));
     if (sample !== sampleNow()) return; // another one was chosen meanwhile
-    grids = gridsOf(sample);
-    greys = grids.map((grid, i) => greyPicture(grid.image, sample.geometry ? null : pictures[i]));
+    grids = sample.geometry ? [stripOf(sample.visual)]
+      : sample.images.map((image) => gridOf(image.planes, image));
+    greys = grids.map((grid, i) => greyOf(grid, sample.geometry ? null : pictures[i]));
     part("asked").replaceChildren(element("strong", { textContent: sample.question }),
       ` Right answer: ${sample.answer} (${sample.kind})`);
     part("geometry").hidden = !sample.geometry;
-    part("geometry").textContent = sample.geometry &&
-      `Shown as a strip of all visual tokens in the order of the prompt. ${sample.geometry}`;
-    tokens(sample);
-    figures = data.models.map((model) => figure(model, sample));
-    part("figures").replaceChildren(element("figure", {}, ...pictures,
-      element("figcaption", {}, element("strong", { textContent: "The picture" }))),
-    ...figures.map((one) => one.whole));
-    part("image-label").hidden = grids.length < 2;
+    part("geometry").textContent = "Shown is a strip of all visual tokens, line by line, in the " +
+      `order of the prompt. ${sample.geometry}`;
+    part("image").hidden = grids.length < 2;
     control("image").max = grids.length;
+    showTokens(sample);
+    figures = data.models.map((model) => figureOf(model, sample));
+    part("figures").replaceChildren(element("figure", {}, ...pictures,
+      element("figcaption", {}, element("strong", { textContent: "picture" }))),
+    ...figures.map((one) => one.whole));
     update();
   }
 
-  function tokens(sample) {
-    const answer = sample.tokens.filter((token) => token.answer);
-    const offered = [...sample.tokens];
-    if (answer.length > 1) offered.push({ text: "the whole answer", number: "answer" });
+  function showTokens({ tokens }) {
+    const offered = tokens.map(({ text, answer, ...token }) => ({ ...token, answer,
+      text: visible(text), said: (SPOKEN[text] ?? text.trim()) + (answer ? ", of the answer" : "") }));
+    const answers = offered.filter((token) => token.answer && token.row !== null);
+    const whole = "the whole answer";
+    if (answers.length > 1) offered.push({ text: whole, said: whole, number: "answer", answer: true });
     const usable = offered.filter((token) => token.row !== null);
     if (!usable.some((token) => String(token.number) === state.token)) {
-      const first = usable.find((token) => token.number === "answer" || token.answer);
-      state.token = String((answer.length > 1 ? usable.at(-1) : first ?? usable.at(-1)).number);
+      state.token = String(usable.at(-1).number);
     }
-    part("tokens").replaceChildren(...offered.map((token) => {
-      const input = element("input", { type: "radio", name: `${root.id}-token`,
-        value: String(token.number), disabled: token.row === null,
-        checked: String(token.number) === state.token });
-      input.addEventListener("change", () => { state.token = input.value; update(true); });
-      const text = token.text.trim() || { "\n": "⏎ new line" }[token.text] || "␠ space";
-      return element("label", { className: token.answer || !token.text ? "answer" : "" }, input,
+    part("tokens").replaceChildren(...offered.map(({ text, said, number, answer, row }) => {
+      const input = element("input", { type: "radio", name: `${root.id}-token`, value: number,
+        ariaLabel: said, disabled: row === null, checked: String(number) === state.token });
+      input.addEventListener("change", () => set({ token: input.value }));
+      return element("label", { className: answer ? "answer" : "" }, input,
         element("span", { textContent: text }));
     }));
+    const chosen = part("tokens").querySelector(":checked").parentElement;
+    part("tokens").scrollTop = chosen.offsetTop - part("tokens").offsetTop;
   }
 
-  function figure(model, sample) {
-    const canvases = grids.map((grid, i) => {
-      const canvas = element("canvas", { width: greys[i].width, height: greys[i].height });
+  function figureOf(model, sample) {
+    const canvases = greys.map(({ width, height }, i) => {
+      const canvas = element("canvas", { width, height });
       canvas.setAttribute("role", "img");
-      canvas.addEventListener("pointermove", (event) => point(event, canvas, i));
+      canvas.addEventListener("pointermove", (event) => point(event, i));
       return canvas;
     });
-    const bar = element("canvas", { width: 256, height: 8, className: "bar" });
-    bar.setAttribute("aria-hidden", "true");
-    const [end, lines] = [element("span"), element("div")];
+    const [bar, end, lines] = [element("div", { className: "bar" }), element("span"),
+      element("div")];
     const { probability, right } = sample.models[model.name];
-    const whole = element("figure", {}, ...canvases, bar,
-      element("div", { className: "ends" }, element("span", { textContent: "0" }), end),
-      element("figcaption", {}, element("strong", { textContent: model.name }), lines,
-        element("div", { textContent:
-          `answer: probability ${probability.toFixed(3)}, ${right ? "right" : "wrong"}` })));
+    const whole = element("figure", {}, ...canvases, bar, element("div", { className: "ends" },
+      element("span", { textContent: "0" }), end),
+    element("figcaption", {}, element("strong", { textContent: model.name }), lines,
+      `answers ${right ? "right" : "wrong"}; P(right answer) ${probability.toFixed(3)}`));
     return { whole, canvases, bar, end, lines };
   }
 
-  // Other layers, tokens or colours.
-  function update(keep = false) {
-    shown = data.models.map((model) => read(model, layersOf(model)));
-    for (const [name, input] of ["sample", "mode", "scale", "opacity"].map(
-      (name) => [name, control(name)])) input.value = state[name];
+  // Other layers, another token, other colours.
+  function update() {
+    shown = data.models.map(read);
+    for (const name of ["sample", "mode", "scale", "opacity"]) control(name).value = state[name];
     control("sinks").checked = Boolean(state.sinks);
     control("layer").max = choices().length - 1;
     control("layer").value = choices().indexOf(state.layer);
-    control("layer").closest("label").hidden = state.mode === "own";
-    part("own").hidden = state.mode !== "own";
-    const text = `${state.layer}` + (state.mode === "matched"
+    const text = state.layer + (state.mode === "matched"
       ? `, matched with ${data.reference} ${data.matches[state.layer].join(", ")}` : "");
-    part("layer").value = text;
+    part("layer").textContent = text;
     control("layer").setAttribute("aria-valuetext", text);
+    part("slider").hidden = state.mode === "own";
+    part("own").hidden = state.mode !== "own";
+    data.models.forEach(({ name }, m) => { part("own").children[m].control.value = state.own[name]; });
     paint();
-    table();
+    showTable();
+    say();
+  }
+
+  // To screen readers, once nothing has changed for a while.
+  function say() {
     clearTimeout(saying);
-    saying = setTimeout(() => { part("summary").textContent = summary(); }, SAY_AFTER);
-    if (keep) store();
+    saying = setTimeout(() => {
+      const chosen = state.row ? ` Patch: ${part("patch").textContent}.` : "";
+      part("summary").textContent = summary() + chosen;
+    }, SAY_AFTER);
   }
 
   function paint() {
     const shared = Math.max(...shown.map((one) => one.limit));
+    const { height, width } = grids[state.image - 1];
+    state.row = Math.min(state.row, height);
+    state.column = Math.min(state.column, width);
+    const patch = state.row ? (state.row - 1) * width + state.column - 1 : -1;
     shown.forEach((one, m) => {
-      const limit = state.scale === "shared" ? shared : one.limit;
       const { canvases, bar, end, lines } = figures[m];
+      const limit = state.scale === "shared" ? shared : one.limit;
       canvases.forEach((canvas, i) => {
-        const cell = i + 1 === state.image
-          ? (state.row - 1) * grids[i].width + state.column - 1 : -1;
-        draw(canvas, greys[i], grids[i], one.maps[i], one.marks[i], limit, { ...state, cell });
+        const crossed = state.sinks ? one.marks[i] : [];
+        draw(canvas, greys[i], grids[i], one.maps[i], limit, state.opacity, crossed,
+          state.image === i + 1 ? patch : -1);
         canvas.setAttribute("aria-label", described(one, i));
       });
-      drawBar(bar, state.opacity);
+      const steps = COLOURS.map((_, i) => colour(i / (COLOURS.length - 1), state.opacity));
+      bar.style.backgroundImage = `linear-gradient(to right, ${steps.join(",")})`;
       end.textContent = percent(limit);
-      const said = [`${named(one.layers)}; ${percent(one.share)} on the image`];
+      const said = [`${one.title}; ${percent(one.share)} on the image`];
       if (one !== reference()) said.push(`cosine with ${data.reference}: ${similar(one)}`);
       said.push(`sinks: ${one.sinks.size} of ${one.values.length} visual tokens`);
       lines.replaceChildren(...said.map((line) => element("div", { textContent: line })));
     });
-    patch();
+    Object.assign(control("row"), { max: height, value: state.row || "" });
+    Object.assign(control("column"), { max: width, value: state.column || "" });
+    control("image").value = state.image;
+    part("patch").textContent = state.row ? shown.map(
+      (one) => `${one.name} ${valueAt(one, state.image - 1, patch)}`).join(", ") : "";
   }
 
   function described(one, i) {
     const top = one.maps[i].indexOf(Math.max(...one.maps[i]));
     const here = grids.length > 1 ? `, ${percent(sum(one.maps[i]))} on image ${i + 1}` : "";
-    return `${one.name}, ${named(one.layers)}: ${percent(one.share)} on the image${here}, ` +
-      `most in ${place(i, top)}: ${value(one, i, top)}`;
+    return `${one.name}, ${one.title}: ${percent(one.share)} on the image${here}, ` +
+      `most in ${place(i, top)}: ${valueAt(one, i, top)}`;
   }
 
   function summary() {
-    const token = root.querySelector(":checked + span").textContent;
-    return `Sample ${state.sample} of ${data.samples.length}, token ${token}. ` + shown.map(
-      (one) => `${one.name}, ${named(one.layers)}: ${percent(one.share)} on the image` +
+    const token = root.querySelector(".explorer-tokens :checked").ariaLabel;
+    return `Sample ${state.sample} of ${data.samples.length}, ${token}. ` + shown.map(
+      (one) => `${one.name}, ${one.title}: ${percent(one.share)} on the image` +
         (one === reference() ? "" : `, cosine ${similar(one)}`)).join("; ") + ".";
   }
 
-  function patch() {
-    const i = state.image - 1;
-    control("row").max = grids[i].height;
-    control("column").max = grids[i].width;
-    for (const name of ["image", "row", "column"]) control(name).value = state[name];
-    const cell = (state.row - 1) * grids[i].width + state.column - 1;
-    part("patch").value = shown.map((one) => `${one.name} ${value(one, i, cell)}`).join(", ");
-  }
-
-  function table() {
-    const places = new Map(shown.flatMap((one) => highest(one, TOP)).map(
-      ({ i, cell }) => [`${i} ${cell}`, [i, cell]]));
-    const top = [...places.values()].sort(
-      ([i, a], [j, b]) => reference().maps[j][b] - reference().maps[i][a]);
-    const heads = ["patch", ...shown.map((one) => one.name)];
+  function showTable() {
+    const places = new Map(shown.flatMap((one) => one.maps.flatMap(
+      (map, i) => map.map((value, cell) => ({ value, i, cell })))
+      .sort((a, b) => b.value - a.value).slice(0, TOP)).map((at) => [`${at.i} ${at.cell}`, at]));
+    const { maps } = reference();
+    const rows = [...places.values()].sort((a, b) => maps[b.i][b.cell] - maps[a.i][a.cell]);
+    const head = (scope, textContent) => element("th", { scope, textContent });
     part("table").replaceChildren(
       element("caption", { textContent: `The ${TOP} highest patches of each model` }),
-      element("thead", {}, element("tr", {}, ...heads.map(
-        (head) => element("th", { scope: "col", textContent: head })))),
-      element("tbody", {}, ...top.map(([i, cell]) => element("tr", {},
-        element("th", { scope: "row", textContent: place(i, cell) }),
-        ...shown.map((one) => element("td", { textContent: value(one, i, cell) }))))));
+      element("thead", {}, element("tr", {}, head("col", "patch"),
+        ...shown.map((one) => head("col", one.name)))),
+      element("tbody", {}, ...rows.map(({ i, cell }) => element("tr", {},
+        head("row", place(i, cell)),
+        ...shown.map((one) => element("td", { textContent: valueAt(one, i, cell) }))))));
   }
 
-  function point(event, canvas, i) {
-    const { box, image, width, height } = grids[i];
-    const frame = canvas.getBoundingClientRect();
-    const x = (event.clientX - frame.left) / frame.width * image.width;
-    const y = (event.clientY - frame.top) / frame.height * image.height;
-    const column = Math.floor((x - box[0]) / (box[2] - box[0]) * width) + 1;
-    const row = Math.floor((y - box[1]) / (box[3] - box[1]) * height) + 1;
+  // -- what is chosen ---
+
+  function set(changes) {
+    Object.assign(state, changes);
+    if (!choices().includes(state.layer)) state.layer = choices()[0];
+    update();
+    store();
+  }
+
+  async function go(sample) {
+    const number = data.samples.length;
+    Object.assign(state, { sample: (sample + number - 1) % number + 1, image: 1, row: 0, column: 0 });
+    await open();
+    store();
+  }
+
+  function point(event, i) {
+    const { box: [left, top, right, bottom], frame, width, height } = grids[i];
+    const canvas = event.target.getBoundingClientRect();
+    const x = (event.clientX - canvas.left) / canvas.width * frame.width;
+    const y = (event.clientY - canvas.top) / canvas.height * frame.height;
+    const column = Math.floor((x - left) / (right - left) * width) + 1;
+    const row = Math.floor((y - top) / (bottom - top) * height) + 1;
     if (row < 1 || column < 1 || row > height || column > width) return;
     if (state.image === i + 1 && state.row === row && state.column === column) return;
     Object.assign(state, { image: i + 1, row, column });
     paint();
   }
 
-  // -- state --------------------------------------------------------------------------------
-
+  // The address says what is shown: what differs from the start, and always these three.
   function store() {
-    const kept = { sample: state.sample, layer: state.layer, token: state.token };
-    if (root.id !== "explorer") kept.in = root.id;
-    if (state.mode === "own") kept.layers = data.models.map((m) => state.own[m.name]).join(",");
+    const said = { sample: state.sample, layer: state.layer, token: state.token };
     for (const name of ["mode", "scale", "opacity", "sinks"]) {
-      if (state[name] !== start[name]) kept[name] = state[name];
+      if (state[name] !== start[name]) said[name] = state[name];
     }
-    history.replaceState(null, "", `#${new URLSearchParams(kept)}`);
+    if (state.mode === "own") said.layers = data.models.map(({ name }) => state.own[name]).join();
+    if (root.id !== "explorer") said.in = root.id;
+    history.replaceState(null, "", `#${new URLSearchParams(said)}`);
   }
 
-  // What the address says, where it is about this explorer; anything impossible is passed over.
+  // Whether the address is about this explorer. What it asks for and is not there is passed over.
   function restore() {
     const said = new URLSearchParams(location.hash.slice(1));
     if (!said.has("sample") || (said.get("in") ?? "explorer") !== root.id) return false;
     const among = (name, allowed) => {
-      const found = allowed.find((one) => String(one) === said.get(name));
-      if (found !== undefined) state[name] = found;
+      state[name] = allowed.find((one) => String(one) === said.get(name)) ?? start[name];
     };
     among("sample", data.samples.map((_, i) => i + 1));
-    among("mode", [...control("mode").options].map((one) => one.value));
+    among("mode", [...control("mode").options].filter((o) => !o.disabled).map((o) => o.value));
+    among("layer", choices());
     among("scale", ["shared", "own"]);
     among("sinks", [0, 1]);
-    if (said.has("opacity")) state.opacity = Math.min(1, Math.max(0, Number(said.get("opacity"))));
-    among("layer", choices());
+    among("opacity", Array.from({ length: 21 }, (_, i) => i / 20));
     state.token = said.get("token") ?? "";
-    (said.get("layers") ?? "").split(",").forEach((layer, m) => {
-      if (data.models[m]?.layers.includes(Number(layer))) state.own[data.models[m].name] = +layer;
+    const layers = (said.get("layers") ?? "").split(",");
+    data.models.forEach((model, m) => {
+      const layer = Number(layers[m] || NaN);
+      if (model.layers.includes(layer)) state.own[model.name] = layer;
     });
     return true;
   }
 
-  function on(name, change) {
-    control(name).addEventListener("input", () => change(control(name)));
-  }
+  // -- the start ---
 
-  function go(sample) {
-    state.sample = Math.min(data.samples.length, Math.max(1, sample));
-    Object.assign(state, { image: 1, row: 1, column: 1 });
-    return open().then(store);
-  }
-
-  // -- start --------------------------------------------------------------------------------
-
-  document.head.append(element("style", { textContent: EXPLORER_STYLE }));
-  root.hidden = false;
-  control("sample").append(...data.samples.map((sample, i) => element("option", {
-    value: i + 1, textContent: `${i + 1} of ${data.samples.length}: ${sample.kind}` })));
-  if (!matched.length) control("mode").options[0].disabled = true;
-  const own = data.models.map((model) => {
-    state.own[model.name] = layersOf(model)[0];
+  const listen = (name, change) => control(name).addEventListener(
+    "input", ({ target }) => { if (target.value && target.checkValidity()) change(target); });
+  control("sample").append(...data.samples.map((sample, i) => element("option", { value: i + 1,
+    textContent: `${i + 1} of ${data.samples.length}: ${sample.kind}` })));
+  control("mode").options[0].disabled = !matched.length;
+  part("own").append(...data.models.map((model) => {
+    [state.own[model.name]] = layersOf(model);
     const select = element("select", {}, ...model.layers.map(
       (layer) => element("option", { value: layer, textContent: layer })));
-    select.addEventListener("input", () => {
-      state.own[model.name] = Number(select.value);
-      update(true);
-    });
-    return [model.name, select];
-  });
-  part("own").append(...own.map(([name, select]) => element("label", {}, `${name} `, select)));
-  on("sample", (input) => go(Number(input.value)));
+    select.addEventListener("input", () => set(
+      { own: { ...state.own, [model.name]: Number(select.value) } }));
+    return element("label", {}, `layer of ${model.name} `, select);
+  }));
   root.querySelectorAll("[data-step]").forEach((button) => button.addEventListener(
     "click", () => go(state.sample + Number(button.dataset.step))));
-  on("mode", (input) => {
-    state.mode = input.value;
-    if (!choices().includes(state.layer)) state.layer = choices()[0];
-    update(true);
-  });
-  on("layer", (input) => { state.layer = choices()[Number(input.value)]; update(true); });
-  on("scale", (input) => { state.scale = input.value; update(true); });
-  on("opacity", (input) => { state.opacity = Number(input.value); update(true); });
-  on("sinks", (input) => { state.sinks = Number(input.checked); update(true); });
+  listen("sample", (input) => go(Number(input.value)));
+  listen("mode", (input) => set({ mode: input.value }));
+  listen("layer", (input) => set({ layer: choices()[Number(input.value)] }));
+  listen("scale", (input) => set({ scale: input.value }));
+  listen("opacity", (input) => set({ opacity: Number(input.value) }));
+  listen("sinks", (input) => set({ sinks: Number(input.checked) }));
   for (const name of ["image", "row", "column"]) {
-    on(name, (input) => {
-      if (!input.checkValidity() || !input.value) return;
-      state[name] = Number(input.value);
+    listen(name, (input) => {
+      const [row, column] = [state.row || 1, state.column || 1];
+      Object.assign(state, { row, column, [name]: Number(input.value) });
       paint();
+      say();
     });
   }
   addEventListener("hashchange", () => { if (restore()) open(); });
+  root.hidden = false;
   if (restore()) root.scrollIntoView();
   open();
 }
 
+document.head.append(element("style", { textContent: EXPLORER_STYLE }));
 for (const root of document.querySelectorAll(".explorer")) {
   const fail = (error) => {
-    const shown = root.querySelector('[data-part="error"]');
-    root.hidden = shown.hidden = false;
-    shown.textContent = `The attention explorer stopped: ${error?.message ?? error}`;
+    const said = root.querySelector('[data-part="error"]');
+    root.hidden = said.hidden = false;
+    said.textContent = `The attention explorer stopped: ${error?.message ?? error}`;
   };
   addEventListener("error", (event) => fail(event.error ?? event.message));
   addEventListener("unhandledrejection", (event) => fail(event.reason));
