@@ -46,13 +46,18 @@ def interval_text(value: float | None, interval: Sequence[float] | None) -> str:
 
 
 def layers_table(runs: Analyses) -> str:
-    """Which layers are matched, and in which the teacher's attention was put in place."""
+    """Which layers are matched, substituted, and compared in the figure by layer."""
     rows = [
-        [run, *(_windows(content["settings"][name]) for name in ("matched", "substituted"))]
+        [
+            run,
+            *(_windows(content["settings"][name]) for name in ("matched", "substituted")),
+            _windows(content["settings"]["layerwise"]["student"]),
+        ]
         for run, content in runs.items()
     ]
-    heading = ["", "matched: student ← teacher layers", "substituted: student ← teacher layers"]
-    return table("Layers compared", heading, rows, left=(1, 2))
+    heading = ["", "matched", "substituted", "layer by layer"]
+    caption = "Layers compared: student ← teacher, whose mean map is taken"
+    return table(caption, heading, rows, left=(1, 2, 3))
 
 
 def _windows(matches: Mapping[str, Sequence[int]]) -> str:
@@ -89,7 +94,10 @@ def of_similarity(by_scope: Mapping[str, Any], scopes: Sequence[str]) -> tuple[s
         )
         for scope in scopes
     )
-    sentence = f"Similarity over visual and over text tokens, mean over student layers: {means}."
+    sentence = (
+        "Every student layer with the teacher layers that the table names in 'layer by layer'. "
+        f"Over visual and over text tokens, mean over student layers: {means}."
+    )
     return sentence, _per_layer("Similarity with the teacher", "tokens", by_scope, scopes)
 
 

@@ -16,6 +16,8 @@ from cdfast.plots import LINE_STYLES, RUN_COLOURS, TEACHER_COLOUR, figure_style,
 
 _DPI = 150
 _MARKERS = "osD^vP*"
+# Right of the point, above it.
+_DIRECTIONS = ((True, True), (False, False), (True, False), (False, True))
 _HATCHES = ("", "///", "...")
 
 
@@ -134,7 +136,7 @@ def similarity_figure(by_scope: Mapping[str, Any], scopes: Sequence[str]) -> Fig
             ax.xaxis.get_major_locator().set_params(integer=True)
         for ax in axes[1]:
             ax.set(xlabel="layer (from 0)")
-        figure.suptitle("Similarity of attention with the teacher's matched layers")
+        figure.suptitle("Similarity of attention with the teacher, layer by layer")
         _legend(figure, axes[0, 0], 3)
     return figure
 
@@ -239,12 +241,19 @@ def matched_accuracy_figure(points: Mapping[str, Mapping[str, Mapping[str, Any]]
         figure = Figure(figsize=(4.6 * len(points) + 0.6, 3.9), layout="constrained")
         axes = figure.subplots(1, len(points), squeeze=False)[0]
         for ax, (group, by_run) in zip(axes, points.items()):
-            for run, point in by_run.items():
+            for number, (run, point) in enumerate(by_run.items()):
                 look = {**_look(run, list(by_run)), "ls": "", "ms": 7}
                 x, y = point["similarity"], point["accuracy"]
                 xerr = _whiskers([x], [point["interval"]])
                 ax.errorbar([x], [y], xerr=xerr, capsize=3, elinewidth=0.8, label=run, **look)
-                ax.annotate(run, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+                # Runs that are alike lie on each other: their names in different directions.
+                right, up = _DIRECTIONS[number % len(_DIRECTIONS)]
+                place = {"ha": "left" if right else "right", "va": "bottom" if up else "top"}
+                away = 5 + 10 * (number // len(_DIRECTIONS))
+                shift = (5 if right else -5, away if up else -away)
+                ax.annotate(
+                    run, (x, y), xytext=shift, textcoords="offset points", fontsize=8, **place
+                )
             ax.margins(0.18)
             ax.set(title=group, xlabel="visual similarity with the teacher, matched layers")
             ax.grid(color="#dddddd")

@@ -97,7 +97,8 @@ def cases_of_file(
         answer = "".join(part["text"] for part in sample.messages[at]["content"])
         if shown:
             images = tuple(sample.images[:shown])
-            cases.append(Case(path.stem, path.stem, str(index), images, before, answer))
+            unit = f"{path.stem} {index}"
+            cases.append(Case(path.stem, path.stem, unit, images, before, answer))
     if not cases:
         raise DataError(
             source=str(path),
