@@ -83,9 +83,12 @@ def test_page_stays_whole(several):
     assert len(page.ids) == len(set(page.ids))
     targets = {*page.references, *re.findall(r"url\((#[^)]*)\)", markup)}
     assert targets <= {f"#{i}" for i in page.ids}
-    # Five of the analysis: accuracy, groups, substitution, attention, similarity.
-    assert len([i for i in page.labels if "Bars" not in i]) == page.tags.count("figure")
-    assert page.tags.count("figure") == page.tags.count("svg")
+    assert page.tags.count("figure") == page.tags.count("svg") == len(page.labels)
+    analysed = markup[
+        markup.index('id="attention-analysis"') : markup.index('id="training-losses"')
+    ]
+    # Accuracy, groups, substitution, attention, similarity.
+    assert analysed.count("<svg") == 5
     assert "script" not in page.tags
     plain = re.sub(r'xmlns(:\w+)?="[^"]*"', "", markup)
     assert not re.search(r"https?:|//\w|@import", plain)
@@ -107,14 +110,13 @@ def test_similarity_stands_beside_the_accuracy_of_the_evaluation(several):
 
 
 def test_without_an_evaluation_accuracy_is_that_of_the_questions():
-    content = analyses()
-    del content["taf"]
-    page = Page(f"<main>{analysis_section(content, {'sft': {}})}</main>")
-    rows = page.table("Similarity of matched layers and accuracy")
+    content = {name: analyses()[name] for name in ("sft", "kd")}
+    section = analysis_section(content, {"sft": {}})
+    rows = Page(f"<main>{section}</main>").table("Similarity of matched layers and accuracy")
     for name in content:
         accuracy = content[name]["answers"]["CR"]["student"]["accuracy"]
         assert rows[name][1] == f"{accuracy:.3f}"
-    assert "accuracy: of the questions analysed" in analysis_section(content)
+    assert "accuracy: of the questions analysed" in section
 
 
 def test_every_number_of_the_figures_is_in_a_table(several):
