@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from cdfast import __version__
 from cdfast.analysis_output import explorer_cases
 from cdfast.analysis_report import EXPLORER_FILE, TEACHER, UNAVAILABLE
 from cdfast.analysis_run import (
@@ -247,7 +248,9 @@ def _explorer(runs: Mapping[str, TrainedRun], loaded: _Loaded) -> dict[str, Any]
         shown[f"baseline ({baseline})"] = runs[baseline]
     content = json.loads((main.analysis / ANALYSIS_FILE).read_text())
     matched: Matches = {int(s): tuple(w) for s, w in content["settings"][MATCHED].items()}
-    wanted = {**_source(main.recipe), "models": [TEACHER, *shown], MATCHED: as_json(matched)}
+    # The script of a page reads what its own version has written.
+    wanted = {"cdfast": __version__, **_source(main.recipe), "models": [TEACHER, *shown]}
+    wanted[MATCHED] = as_json(matched)
     path = main.analysis / EXPLORER_FILE
     if done := _finished(path, wanted):
         return done["explorer"]
