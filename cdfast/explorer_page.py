@@ -81,7 +81,7 @@ all visual tokens, in the chosen row. P(right answer): probability of its first 
 answers right if that is the most likely of the choices' first tokens, or, without choices, of all
 tokens.</p>
 <p>A cross marks a sink: a patch that is above mean + std of the map in more than half of the text
-rows. Crossed patches do not set the end of the colour scale.</p>
+rows. Sinks do not set the end of the colour scale.</p>
 <p>Patches are shown on the picture as the model was given it, with its padding; what it never saw
 is dark. Rows and columns count patches. Shares of the image are exact. The value of a patch is
 stored in one byte, so it may be off by up to 0.4% of the largest one in its row.</p></details>

@@ -19,6 +19,7 @@ function explorer(root) {
   let figures = []; // of each model: its canvases, its colour bar and its lines of text
   let shown = []; // of each model: its layers, values, maps on the grids, sinks
   let saying = 0; // the timer of what screen readers are told
+  let opening = 1; // the sample that is wanted: pictures take a moment to be decoded
 
   const sampleNow = () => data.samples[state.sample - 1];
   const choices = () => (state.mode === "matched" ? matched : student.layers);
@@ -60,7 +61,7 @@ function explorer(root) {
       (parts) => parts.some(([token]) => sinks.has(token))));
     const free = maps.flatMap((map, i) => map.filter((_, cell) => !marks[i][cell]));
     const limit = Math.max(0, ...(free.length ? free : maps.flat()));
-    const title = (layers.length > 1 ? "layers " : "layer ") + layers.join(", ");
+    const title = (layers.length > 1 ? "layers " : "layer ") + listed(layers);
     return { name: model.name, title, values, share, sinks, maps, marks, limit };
   }
 
@@ -77,13 +78,15 @@ function explorer(root) {
   // -- what is shown ---
 
   // Another sample: its pictures, its tokens, and figures without content.
-  async function open() {
-    const sample = sampleNow();
+  async function open(number, token = state.token) {
+    opening = number;
+    const sample = data.samples[number - 1];
     const pictures = sample.images.map(({ uri, width, height }, i) => element("img", { src: uri,
       alt: sample.images.length > 1 ? `Picture ${i + 1} as it is` : "The picture as it is",
       className: Math.max(width, height) < LONGER / 3 ? "pixels" : "" }));
     await Promise.all(pictures.map((picture) => picture.decode()));
-    if (sample !== sampleNow()) return; // another one was chosen meanwhile
+    if (opening !== number) return; // another one was chosen meanwhile
+    Object.assign(state, { sample: number, token, image: 1, row: 0, column: 0 });
     grids = sample.geometry ? [stripOf(sample.visual)]
       : sample.images.map((image) => gridOf(image.planes, image));
     greys = grids.map((grid, i) => greyOf(grid, sample.geometry ? null : pictures[i]));
@@ -148,7 +151,7 @@ function explorer(root) {
     control("layer").max = choices().length - 1;
     control("layer").value = choices().indexOf(state.layer);
     const text = state.layer + (state.mode === "matched"
-      ? `, matched with ${data.reference} ${data.matches[state.layer].join(", ")}` : "");
+      ? `, matched with ${data.reference} ${listed(data.matches[state.layer])}` : "");
     part("layer").textContent = text;
     control("layer").setAttribute("aria-valuetext", text);
     part("slider").hidden = state.mode === "own";
@@ -238,9 +241,9 @@ function explorer(root) {
   }
 
   async function go(sample) {
-    const number = data.samples.length;
-    Object.assign(state, { sample: (sample + number - 1) % number + 1, image: 1, row: 0, column: 0 });
-    await open();
+    // From answer to answer: "" is the whole one, or its only token.
+    const token = part("tokens").querySelector(".answer :checked") ? "" : state.token;
+    await open((sample + data.samples.length - 1) % data.samples.length + 1, token);
     store();
   }
 
@@ -268,14 +271,14 @@ function explorer(root) {
     history.replaceState(null, "", `#${new URLSearchParams(said)}`);
   }
 
-  // Whether the address is about this explorer. What it asks for and is not there is passed over.
+  // The sample that the address asks for, 0 if it is not about this explorer; and the rest of the
+  // state. What is asked for and is not there is passed over.
   function restore() {
     const said = new URLSearchParams(location.hash.slice(1));
-    if (!said.has("sample") || (said.get("in") ?? "explorer") !== root.id) return false;
+    if (!said.has("sample") || (said.get("in") ?? "explorer") !== root.id) return 0;
     const among = (name, allowed) => {
       state[name] = allowed.find((one) => String(one) === said.get(name)) ?? start[name];
     };
-    among("sample", data.samples.map((_, i) => i + 1));
     among("mode", [...control("mode").options].filter((o) => !o.disabled).map((o) => o.value));
     among("layer", choices());
     among("scale", ["shared", "own"]);
@@ -287,7 +290,8 @@ function explorer(root) {
       const layer = Number(layers[m] || NaN);
       if (model.layers.includes(layer)) state.own[model.name] = layer;
     });
-    return true;
+    const number = Number(said.get("sample"));
+    return data.samples[number - 1] ? number : 1;
   }
 
   // -- the start ---
@@ -306,7 +310,7 @@ function explorer(root) {
     return element("label", {}, `layer of ${model.name} `, select);
   }));
   root.querySelectorAll("[data-step]").forEach((button) => button.addEventListener(
-    "click", () => go(state.sample + Number(button.dataset.step))));
+    "click", () => go(opening + Number(button.dataset.step))));
   listen("sample", (input) => go(Number(input.value)));
   listen("mode", (input) => set({ mode: input.value }));
   listen("layer", (input) => set({ layer: choices()[Number(input.value)] }));
@@ -321,10 +325,14 @@ function explorer(root) {
       say();
     });
   }
-  addEventListener("hashchange", () => { if (restore()) open(); });
+  addEventListener("hashchange", () => {
+    const number = restore();
+    if (number) open(number);
+  });
   root.hidden = false;
-  if (restore()) root.scrollIntoView();
-  open();
+  const asked = restore();
+  if (asked) root.scrollIntoView();
+  open(asked || 1);
 }
 
 document.head.append(element("style", { textContent: EXPLORER_STYLE }));

@@ -12,6 +12,13 @@ const floats = (base64) => new Float32Array(bytes(base64).buffer);
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const visible = (text) => text.replace(/\n/g, "⏎").replace(/^ +$/, "␣") || "·";
 
+// "2, 4" or, of layers that follow one another, "8–13".
+function listed(layers) {
+  const last = layers.length - 1;
+  return last > 1 && layers.every((layer, i) => layer === layers[0] + i)
+    ? `${layers[0]}–${layers[last]}` : layers.join(", ");
+}
+
 function percent(value) {
   return `${(100 * value).toFixed(value < 0.00995 ? 3 : value < 0.0995 ? 2 : 1)}%`;
 }
