@@ -44,6 +44,8 @@ from cdfast.suites import miniature_suite
 
 ANALYSIS_FOLDER = "analysis"
 QUESTIONS_PER_KIND = 20
+# Half the draws of the command, so that a default run stays short.
+RESAMPLES = 1000
 
 
 class TrainedRun(NamedTuple):
@@ -164,6 +166,7 @@ def _analysis(run: TrainedRun, loaded: _Loaded) -> dict[str, Any]:
     settings = Settings(
         matching="simple" if run.recipe.matching == "simple" else "group",
         layers=run.recipe.layers or "intermediate",
+        resamples=RESAMPLES,
         backend=run.recipe.backend,
     )
     wanted = {**_source(loaded.main), **settings.as_json()}
