@@ -16,6 +16,8 @@ Cases = Sequence[Mapping[str, Any]]
 RESAMPLES = 2000
 # Fewer units than this say nothing about an interval.
 _FEWEST_UNITS = 3
+# Keeps the memory of drawing means below that of the cases.
+_DRAWS_AT_ONCE = 100
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -55,19 +57,48 @@ def bootstrap(
     Returns:
         [low, high]; None for fewer than 3 units, or where no draw had a value.
     """
-    index: dict[str, list[int]] = {}
-    for case, unit in enumerate(units):
-        index.setdefault(unit, []).append(case)
-    members = [np.array(cases) for cases in index.values()]
-    if len(members) < _FEWEST_UNITS:
+    index = _by_unit(units)
+    if len(index) < _FEWEST_UNITS:
         return None
+    largest = max(map(len, index))
+    # A row per unit, filled up with -1: faster than a list of arrays.
+    members = np.array([cases + [-1] * (largest - len(cases)) for cases in index])
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):
-        chosen = rng.integers(0, len(members), len(members))
-        drawn.append(statistic(np.concatenate([members[i] for i in chosen])))
-    values = np.array(drawn)
-    values = values[np.isfinite(values)]
+        cases = members[rng.integers(0, len(members), len(members))].ravel()
+        drawn.append(statistic(cases[cases >= 0]))
+    return _percentiles(np.array(drawn))
+
+
+def bootstrap_mean(
+    values: np.ndarray, units: Sequence[str], seed: int, resamples: int = RESAMPLES
+) -> list[float] | None:
+    """`bootstrap` of the mean of `values`, many draws at once."""
+    index = _by_unit(units)
+    if len(index) < _FEWEST_UNITS:
+        return None
+    sums = np.array([values[cases].sum() for cases in index])
+    counts = np.array([len(cases) for cases in index])
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for begin in range(0, resamples, _DRAWS_AT_ONCE):
+        number = min(_DRAWS_AT_ONCE, resamples - begin)
+        chosen = rng.integers(0, len(index), (number, len(index)))
+        drawn.append(sums[chosen].sum(1) / counts[chosen].sum(1))
+    return _percentiles(np.concatenate(drawn))
+
+
+def _by_unit(units: Sequence[str]) -> list[list[int]]:
+    """The cases of each unit."""
+    index: dict[str, list[int]] = {}
+    for case, unit in enumerate(units):
+        index.setdefault(unit, []).append(case)
+    return list(index.values())
+
+
+def _percentiles(drawn: np.ndarray) -> list[float] | None:
+    values = drawn[np.isfinite(drawn)]
     return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else None
 
 
@@ -144,7 +175,8 @@ def similarity_groups(
     Returns:
         `groups`: per group, in ascending order, its number of cases `n`, mean `similarity`, mean
         `probability`, `accuracy` and `ci95` of the probability; `pearson` and `spearman` over
-        single cases, each with its `_ci95`; `n` cases and `units`.
+        single cases, each with its `_ci95`; mean `similarity` with its `_ci95`; `n` cases and
+        `units`.
     """
     similarity = np.array([c["matched"] for c in cases])
     answers = [c["answers"]["student"] for c in cases]
@@ -160,10 +192,12 @@ def similarity_groups(
                 "similarity": float(similarity[members].mean()),
                 "probability": float(own.mean()),
                 "accuracy": float(right[members].mean()),
-                "ci95": bootstrap(_mean_of(own), [units[i] for i in members], seed, resamples),
+                "ci95": bootstrap_mean(own, [units[i] for i in members], seed, resamples),
             }
         )
     result: dict[str, Any] = {"n": len(cases), "units": len(set(units)), "groups": table}
+    result["similarity"] = float(similarity.mean())
+    result["similarity_ci95"] = bootstrap_mean(similarity, units, seed, resamples)
     for name, coefficient in (("pearson", pearson), ("spearman", spearman)):
         result[name] = _finite(coefficient(similarity, probability))
         drawn = _of_pairs(coefficient, similarity, probability)
@@ -190,9 +224,7 @@ def substitution_effect(cases: Cases, seed: int, resamples: int = RESAMPLES) -> 
         for name, key in (("accuracy", "right"), ("probability", "probability")):
             change = np.array([float(b[key]) - float(a[key]) for a, b in zip(plain, swapped)])
             found[weight][f"{name}_change"] = float(change.mean())
-            found[weight][f"{name}_change_ci95"] = bootstrap(
-                _mean_of(change), units, seed, resamples
-            )
+            found[weight][f"{name}_change_ci95"] = bootstrap_mean(change, units, seed, resamples)
     return found
 
 
@@ -201,10 +233,6 @@ def _outcome(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "accuracy": _mean(a["right"] for a in answers),
         "probability": _mean(a["probability"] for a in answers),
     }
-
-
-def _mean_of(values: np.ndarray) -> Callable[[np.ndarray], float]:
-    return lambda chosen: float(values[chosen].mean())
 
 
 def _of_pairs(

@@ -4,61 +4,41 @@
 
 Five experiments: the answer token's attention on visual and text keys by layer; similarity with the
 teacher's attention by layer; answer probability by similarity; the teacher's attention put in place
-of the student's; overlays on the picture. Writes analysis.json, cases.jsonl (as cases are done) and
-PNG figures. Without --data the questions are the miniature's scenes.
+of the student's; overlays on the picture. Writes analysis.json, cases.jsonl (as cases are done),
+PNG figures, and report.html with an explorer of single questions. Without --data the questions are
+the miniature's scenes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from tqdm.auto import tqdm
 from transformers import AutoProcessor, PreTrainedModel
 
 from cdfast.aligner import image_token_id
-from cdfast.analysis import ROWS, SUBSTITUTE_ROWS, Plan, measure
-from cdfast.analysis_output import draw_cases, draw_figures, results_table
-from cdfast.analysis_summary import RESAMPLES, summarise
-from cdfast.cases import (
-    ANSWER_TOKENS,
-    Case,
-    batches,
-    cases_of_file,
-    cases_of_questions,
-    encode_cases,
-)
+from cdfast.analysis import ROWS, SUBSTITUTE_ROWS, Plan
+from cdfast.analysis_output import draw_cases, draw_figures, explorer_cases, results_table
+from cdfast.analysis_report import EXPLORER_FILE, UNAVAILABLE, write_analysis_page
+from cdfast.analysis_run import Settings, analyze_cases, make_plan, write_analysis
+from cdfast.analysis_summary import RESAMPLES
+from cdfast.cases import ANSWER_TOKENS, Case, cases_of_file, cases_of_questions
 from cdfast.config import MINIATURE, ConfigError
+from cdfast.explorer import explorer_data
 from cdfast.geometry import GeometryError
 from cdfast.images import DataError
-from cdfast.matching import LAYER_RANGES, Matches, layers_in_range, match_group, match_simple
+from cdfast.matching import LAYER_RANGES
 from cdfast.models import load_config, load_model
-from cdfast.similarity import num_layers
 from cdfast.substitution import RENORMALISE
 from cdfast.suites import miniature_suite
-
-# What every experiment runs on; goes into analysis.json.
-RAN_ON = {
-    "answer_attention": "Fused attention in every layer. Rows of the answer token are computed "
-    "from q, k and the log-sum-exp it returns: per-head probabilities exist for these rows only, "
-    "on all keys, because the sum over text keys is asked for.",
-    "similarity": "Fused attention in every layer, rows as above (with rows='text' some rows at a "
-    "time); text keys need no other kernel, they are the columns that are not visual.",
-    "groups": "The numbers of 'similarity' and the logits of the answer: nothing more is run.",
-    "substitution": "Fused attention in every layer. In the chosen layers the fused output is "
-    "corrected by (P' - P) v over visual keys, because no fused kernel takes another model's "
-    "probabilities: they are materialised for the chosen rows and visual keys, some rows at a "
-    "time. Text keys need none.",
-    "overlays": "Fused attention; rows of the chosen tokens on visual keys, as cdfast.maps.",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["intermediate"],
         metavar="LAYER",
-        help=f"student layers from 0, or one of {', '.join(LAYER_RANGES)}, or none",
+        help=f"student layers from 0, or one of {', '.join(LAYER_RANGES)}, matched or none",
     )
     add("--substitute-weights", nargs="+", type=_share, default=[0.5, 1.0], metavar="W")
     add("--substitute-rows", choices=SUBSTITUTE_ROWS, default="all")
@@ -129,29 +109,63 @@ def _share(text: str) -> float:
 def analyze(options: argparse.Namespace) -> int:
     """Run the experiments that the command line asks for. Returns the exit status."""
     start = time.perf_counter()
-    options.output_dir.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    folder: Path = options.output_dir
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, not after
     models, processor = load_models(options)
     cases = load_cases(options)
-    plan = make_plan(models, options)
-    measured, interrupted = _measure_all(models, processor, cases, plan, options)
-    if not measured:
+    names = [f.name for f in fields(Settings) if f.name != "matched"]
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    plan = make_plan(models, settings)
+    content = analyze_cases(models, processor, cases, plan, settings, folder)
+    if content is None:
         return 130
-    content = {
-        "models": {name: str(getattr(options, name)) for name in models},
-        "settings": _settings(options, plan),
-        "ran_on": RAN_ON,
-        "interrupted": interrupted,
-        **summarise(measured, options.groups, options.seed, options.resamples),
-    }
+    sources = {name: str(getattr(options, name)) for name in models}
+    content = {"models": sources, **content}
+    content["settings"] = {**_source(options), **content["settings"]}
     console = Console()
-    content["overlays"] = draw_cases(models, processor, cases, plan, options)
-    content["figures"] = draw_figures(content, options.output_dir)
+    content["overlays"] = draw_cases(
+        models,
+        processor,
+        cases,
+        plan,
+        folder,
+        layers=options.layers,
+        number=options.overlays,
+        words=options.overlay_words,
+    )
+    content["figures"] = draw_figures(content, folder)
     content["seconds"] = round(time.perf_counter() - start, 1)
-    path = options.output_dir / "analysis.json"
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    path = write_analysis(content, folder)
     console.print(results_table(content))
-    console.print(f"{path}, {len(content['figures']) + len(content['overlays'])} figures beside it")
-    return 130 if interrupted else 0
+    explorer = _explorer(models, processor, cases, plan)
+    (folder / EXPLORER_FILE).write_text(json.dumps(explorer, allow_nan=False) + "\n")
+    page = write_analysis_page(folder, content, explorer)
+    drawn = len(content["figures"]) + len(content["overlays"])
+    print(f"{path}, {drawn} figures beside it\n{page}")
+    return 130 if content["interrupted"] else 0
+
+
+def _explorer(
+    models: dict[str, PreTrainedModel], processor: Any, cases: Sequence[Case], plan: Plan
+) -> dict[str, Any]:
+    """Of the first question of every kind; or why there is none."""
+    try:
+        return explorer_data(
+            models,
+            processor,
+            explorer_cases(cases),
+            matches=plan.matched,
+            backend=plan.backend,
+        )
+    except ValueError as error:  # the analysis itself is done and written
+        return {UNAVAILABLE: str(error)}
+
+
+def _source(options: argparse.Namespace) -> dict[str, Any]:
+    """Where models and questions come from, as analysis.json has it."""
+    names = ("split", "per_kind", "vqa_per_kind", "limit", "dtype", "device")
+    data = MINIATURE if options.data is None else str(options.data)
+    return {"data": data, **{name: getattr(options, name) for name in names}}
 
 
 def load_models(options: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], Any]:
@@ -195,118 +209,9 @@ def load_cases(options: argparse.Namespace) -> list[Case]:
     """The questions: of --data, or the miniature's scenes."""
     if options.data is not None:
         root = options.image_root or options.data.parent
-        return cases_of_file(options.data, root, options.limit)
+        return cases_of_file(options.data, [root], options.limit)
     questions = miniature_suite(options.split, options.per_kind, options.vqa_per_kind, options.seed)
     return cases_of_questions(questions, options.limit)
-
-
-def make_plan(models: Mapping[str, PreTrainedModel], options: argparse.Namespace) -> Plan:
-    """Which layers are compared with which, and what is measured.
-
-    Raises:
-        ConfigError: layers that a model does not have.
-    """
-    match = match_group if options.matching == "group" else match_simple
-    depth = {name: num_layers(model) for name, model in models.items()}
-    every = range(depth["teacher"])
-
-    def in_range(layers: str) -> Matches:
-        ranges = [layers_in_range(depth[name], layers) for name in ("student", "teacher")]
-        return match(*ranges)
-
-    layerwise = {name: match(range(depth[name]), every) for name in models if name != "teacher"}
-    try:
-        matched = in_range(options.layers)
-        wanted = options.substitute_layers
-        if wanted == ["none"]:
-            substituted: Matches = {}
-        elif len(wanted) == 1 and wanted[0] in LAYER_RANGES:
-            substituted = in_range(wanted[0])
-        else:
-            substituted = {layer: layerwise["student"][layer] for layer in map(int, wanted)}
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"layers: expected numbers from 0 to {depth['student'] - 1}, one of "
-            f"{', '.join(LAYER_RANGES)} that both models have, or none; got "
-            f"{options.substitute_layers} and {options.layers!r} ({error})."
-        ) from error
-    return Plan(
-        layerwise,
-        matched,
-        substituted,
-        options.rows,
-        options.heads,
-        tuple(options.substitute_weights),
-        options.substitute_rows,
-        options.renormalise,
-        options.backend,
-    )
-
-
-def _measure_all(
-    models: dict[str, PreTrainedModel],
-    processor: Any,
-    cases: Sequence[Case],
-    plan: Plan,
-    options: argparse.Namespace,
-) -> tuple[list[dict[str, Any]], bool]:
-    """The numbers of all cases, and whether the user stopped before the end."""
-    measured: list[dict[str, Any]] = []
-    token = image_token_id(models["student"])
-    with (
-        (options.output_dir / "cases.jsonl").open("w") as file,
-        tqdm(total=len(cases), desc="analysis", unit="case") as bar,
-    ):
-        try:
-            for chunk in batches(cases, options.batch_size):
-                encoded = encode_cases(processor, chunk, token, options.answer_tokens)
-                found = measure(models, encoded, plan)
-                _check_finite(found, options.dtype)
-                measured += found
-                file.writelines(json.dumps(case) + "\n" for case in found)
-                file.flush()
-                bar.update(len(chunk))
-        except KeyboardInterrupt:
-            print(f"stopped after {len(measured)} of {len(cases)} cases", file=sys.stderr)
-            return measured, True
-    return measured, False
-
-
-def _check_finite(cases: Sequence[Mapping[str, Any]], dtype: str) -> None:
-    for case in cases:
-        for name, answer in case["answers"].items():
-            if not math.isfinite(answer["probability"]):
-                raise ConfigError(
-                    f"{name}: expected a finite probability of the answer; got "
-                    f"{answer['probability']} ({case['kind']}, {case['unit']}). Its weights or "
-                    f"activations are not finite in {dtype}: give another --dtype, or check them."
-                )
-
-
-def _settings(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
-    names = (
-        *("split", "per_kind", "vqa_per_kind", "limit", "answer_tokens", "heads", "rows"),
-        *("matching", "layers", "groups", "substitute_rows", "renormalise", "seed", "resamples"),
-        *("batch_size", "dtype", "device", "backend"),
-    )
-    windows = {
-        "layerwise": plan.layerwise,
-        "matched": plan.matched,
-        "substituted": plan.substituted,
-    }
-    return {
-        "data": MINIATURE if options.data is None else str(options.data),
-        **{name: getattr(options, name) for name in names},
-        **{name: _listed(value) for name, value in windows.items()},
-        "substitute_weights": list(plan.weights),
-    }
-
-
-def _listed(value: Any) -> Any:
-    """With the keys and lists of JSON."""
-    if isinstance(value, Mapping):
-        return {str(k): _listed(v) for k, v in value.items()}
-    return list(value)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def cases_of_questions(questions: Sequence[Question], limit: int | None = None) 
     return _limited(cases, limit)
 
 
-def cases_of_file(path: Path, image_root: Path, limit: int | None = None) -> list[Case]:
+def cases_of_file(
+    path: Path, image_roots: Sequence[str | Path], limit: int | None = None
+) -> list[Case]:
     """Records of LLaVA JSON or `messages` with an image: the first answer of each.
 
     A record's kind and group are the file's name; there are no choices, so an answer counts as
@@ -80,7 +82,7 @@ def cases_of_file(path: Path, image_root: Path, limit: int | None = None) -> lis
     Raises:
         DataError: a broken record, or no record with an image.
     """
-    file = RecordFile(path, (str(image_root),), path.name)
+    file = RecordFile(path, tuple(map(str, image_roots)), path.name)
     layout = file.layout()
     cases: list[Case] = []
     for index in range(len(file.records)):
@@ -95,7 +97,8 @@ def cases_of_file(path: Path, image_root: Path, limit: int | None = None) -> lis
         answer = "".join(part["text"] for part in sample.messages[at]["content"])
         if shown:
             images = tuple(sample.images[:shown])
-            cases.append(Case(path.stem, path.stem, str(index), images, before, answer))
+            unit = f"{path.stem} {index}"
+            cases.append(Case(path.stem, path.stem, unit, images, before, answer))
     if not cases:
         raise DataError(
             source=str(path),

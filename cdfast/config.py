@@ -234,6 +234,13 @@ class Recipe:
         "of captions counts as one); 0: none. Default: 20 where there is a suite.",
         at_least=0,
     )
+    analyze_questions: int | None = _option(
+        None,
+        "Questions per kind (a pair of captions counts as one) or records per file of eval_data in "
+        "the analysis of attention after training; 0: none. Default: 20 where there is a suite or "
+        "eval_data.",
+        at_least=0,
+    )
     seed: int = _option(0, "Seed of weights, data and order.", at_least=0, below=2**32)
     output_dir: str | None = _option(None, "Where the run goes; default: a new folder in runs/.")
     arguments: dict[str, Any] = _option({}, "transformers.TrainingArguments for every stage.")
@@ -274,6 +281,12 @@ class Recipe:
                 f"eval_questions: expected none, because the recipe names no suite to take them "
                 f"from; got {self.eval_questions}. Give --evaluate {MINIATURE}, or leave "
                 "--eval-questions out."
+            )
+        if self.analyze_questions and not (self.evaluate or self.eval_data):
+            raise ConfigError(
+                f"analyze_questions: expected none, because the recipe names no questions to take "
+                f"them from; got {self.analyze_questions}. Give --evaluate {MINIATURE} or "
+                "--eval-data FILE, or leave --analyze-questions out."
             )
 
     def check_runnable(self) -> None:

@@ -61,8 +61,11 @@ def figure_style(name: str) -> Any:
     return matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}])
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an <svg> element whose ids begin with `name`, read aloud as `label`."""
+def svg_text(figure: Figure, name: str, label: str) -> str:
+    """The figure as an <svg> element whose ids begin with `name`, read aloud as `label`.
+
+    Within `figure_style(name)`, so that the same figure gives the same text.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -135,7 +138,7 @@ def accuracy_figure(
         figure.suptitle("Accuracy per question kind, with 95% intervals")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        return _svg(figure, name, label)
+        return svg_text(figure, name, label)
 
 
 def _bar_style(run: int | None, control: bool) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def loss_figure(
             ax.set_ylabel("\n".join([LOSSES[loss], *f"({unit})".split(", ")]))
             ax.grid(color="#dddddd")
         _over_steps(figure, axes, stages, "Training losses")
-        return _svg(figure, name, label)
+        return svg_text(figure, name, label)
 
 
 def _over_steps(
@@ -253,7 +256,7 @@ def evaluation_figure(
         if layers:
             _layer_lines(axes[-1], *next(iter(runs.items())), layers)
         _over_steps(figure, axes, stages, "Held-out questions and samples during training")
-        return _svg(figure, name, label)
+        return svg_text(figure, name, label)
 
 
 def _layer_lines(
@@ -327,7 +330,7 @@ def similarity_figure(
         outline = Rectangle((0, 0), 1, 1, ec="#D55E00", fc="none", lw=2.5, label="matched layers")
         figure.legend(handles=[outline], loc="outside lower center", frameon=False)
         figure.suptitle(title)
-        return _svg(figure, name, label)
+        return svg_text(figure, name, label)
 
 
 def matched_figure(name: str, runs: Mapping[str, Mapping[str, Any]], label: str) -> str:
@@ -372,7 +375,7 @@ def matched_figure(name: str, runs: Mapping[str, Mapping[str, Any]], label: str)
             if not isinstance(handle, Line2D) or text not in handles:
                 handles[text] = handle
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
-        return _svg(figure, name, label)
+        return svg_text(figure, name, label)
 
 
 def _window(layers: Sequence[int]) -> str:

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cdfast.analysis_report import Analyses, analysis_section, explorer_part
 from cdfast.curves import evaluation_section
+from cdfast.explorer_page import SCRIPT
 from cdfast.page import MISSING, details, figure, fixed, general, listed, option, page, table, text
 
 REPORT_FILE = "report.html"
@@ -55,13 +57,20 @@ class Column(NamedTuple):
         return self.report.get(field, {}).get(group)
 
 
-def write_report(folder: Path, results: Results) -> Path:
-    """Write `folder/report.html`, self-contained: no script, no network, figures inside.
+def write_report(
+    folder: Path,
+    results: Results,
+    analyses: Analyses | None = None,
+    explorer: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `folder/report.html`, self-contained: no network; the explorer alone has a script.
 
     Args:
         folder: of the main run.
         results: run name -> contents of its results.json; the first is the main run, the others
             are the variants of --compare. Sections whose data a run lacks are left out.
+        analyses: run name -> contents of its analysis.json, or {"unavailable": reason}.
+        explorer: data of `cdfast.explorer`, or {"unavailable": reason}.
 
     Returns:
         The path of the page.
@@ -69,6 +78,8 @@ def write_report(folder: Path, results: Results) -> Path:
     sections = {
         "Comparison of runs": _comparison(results) if len(results) > 1 else "",
         "Accuracy": _accuracy(results),
+        "Attention analysis": analysis_section(analyses or {}, _evaluated(results)),
+        "Attention explorer": explorer_part(explorer),
         "Training losses": _losses(results),
         "Evaluation during training": evaluation_section(
             {name: total_log(run, "evaluations") for name, run in results.items()},
@@ -79,7 +90,8 @@ def write_report(folder: Path, results: Results) -> Path:
     }
     path = folder / REPORT_FILE
     title = f"{next(iter(results))}: distillation report"
-    path.write_text(page(title, _headline(results), sections), encoding="utf-8")
+    script = SCRIPT if explorer and explorer.get("samples") else ""
+    path.write_text(page(title, _headline(results), sections, script), encoding="utf-8")
     return path
 
 
@@ -387,6 +399,14 @@ def _students(results: Results) -> list[Column]:
         )
         for index, (name, run) in enumerate(results.items())
     ]
+
+
+def _evaluated(results: Results) -> dict[str, dict[str, float]]:
+    """run -> group -> accuracy of its student; what was not evaluated is missing."""
+    return {
+        name: dict(student.report.get("averages", {}))
+        for name, student in zip(results, _students(results))
+    }
 
 
 def _columns(results: Results) -> list[Column]:

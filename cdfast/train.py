@@ -8,6 +8,7 @@ with `DistillationTrainer`, and writes the next: the same path whether the run i
     <output_dir>/stages/1-dpt/            checkpoints, logs and the student after the stage
     <output_dir>/model/                   the trained student, for from_pretrained
     <output_dir>/results.json, report.html
+    <output_dir>/analysis/                attention of teacher and student; data of the explorer
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ _FREE_ON_RESUME = (
     "eval_image_root",
     "eval_samples",
     "eval_questions",
+    "analyze_questions",
     "rank_timeout",
     "max_skipped_steps",
 )
@@ -174,13 +176,29 @@ def run_compare(recipe: Recipe, names: Sequence[str], folder: Path, resume: bool
     }
     for variant in variants.values():
         variant.check_runnable()
-    results = {recipe.name: run_recipe(recipe, folder, resume)}
-    for name, variant in variants.items():
-        results[name] = run_recipe(variant, folder / "compare" / name, resume)
+    places = {recipe.name: (recipe, folder)}
+    places |= {name: (variant, folder / "compare" / name) for name, variant in variants.items()}
+    results = {name: run_recipe(*place, resume) for name, place in places.items()}
     if PartialState().is_main_process:
         write_json(folder / "compare.json", results)
-        write_report(folder, results)
-        print_summary(results, folder)
+        report(places, results)
+
+
+def report(places: Mapping[str, tuple[Recipe, Path]], results: Mapping[str, Any]) -> None:
+    """Write and print what there is, then analyse attention and write the page with that too.
+
+    Args:
+        places: run name -> recipe and folder; the first is the main run.
+        results: run name -> what its results.json holds.
+    """
+    # One rank writes the page: the others need no matplotlib.
+    from cdfast.analysis_of_runs import TrainedRun, analyze_runs
+
+    _, folder = next(iter(places.values()))
+    write_report(folder, results)
+    print_summary(results, folder)
+    runs = {name: TrainedRun(*places[name], results[name]) for name in results}
+    write_report(folder, results, *analyze_runs(runs))
 
 
 def output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
@@ -257,8 +275,7 @@ def run_command(recipe: Recipe, flags: argparse.Namespace, state: PartialState) 
         return run_compare(recipe, flags.compare, folder, flags.resume)
     results = run_recipe(recipe, folder, flags.resume)
     if state.is_main_process:
-        write_report(folder, {recipe.name: results})
-        print_summary({recipe.name: results}, folder)
+        report({recipe.name: (recipe, folder)}, {recipe.name: results})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -182,15 +182,22 @@ def test_analyze_commands_run(command, tmp_path, monkeypatch, capsys):
     content = json.loads(Path("runs/analysis/analysis.json").read_text())
     assert set(content["substitution"]["all"]) == {"0", "0.5", "1"}
     assert ("baseline" in content["models"]) == ("--baseline" in command)
+    assert 'id="explorer-data"' in Path("runs/analysis/report.html").read_text()
 
 
 def test_options_of_the_analysis_in_its_page_are_its_own():
     from cdfast.analyze import _parser
+    from cdfast.config import RECIPE_FIELDS
 
     page = (ROOT / "docs" / "analysis.md").read_text()
-    named = set(re.findall(r"`(--[a-z-]+)", page))
+    training = page[page.index("## In the report of") : page.index("## Options of the analysis")]
+    named = set(re.findall(r"`(--[a-z-]+)", page.replace(training, "")))
     assert named <= {name for action in _parser()._actions for name in action.option_strings}
     assert len(named) >= 12
+    of_runs = {f"--{field.name.replace('_', '-')}" for field in RECIPE_FIELDS}
+    named = set(re.findall(r"`(--[a-z-]+)", training))
+    assert "--analyze-questions" in named
+    assert named <= {*of_runs, "--compare", "--resume"}
 
 
 @pytest.mark.parametrize("command", commands_with("benchmarks"))

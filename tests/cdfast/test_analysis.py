@@ -338,9 +338,9 @@ def test_records_with_images_are_read(tmp_path):
     ]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(records))
-    [one] = cases_of_file(path, tmp_path)
+    [one] = cases_of_file(path, [tmp_path])
     assert (one.kind, one.answer, one.choices, len(one.images)) == ("mine", "a dog", (), 1)
     assert [m["role"] for m in one.messages] == ["user"]
     path.write_text(json.dumps(records[:1]))
     with pytest.raises(DataError, match="at least one with an image and an answer"):
-        cases_of_file(path, tmp_path)
+        cases_of_file(path, [tmp_path])

@@ -2,14 +2,17 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from cdfast import analyze
+from cdfast import analysis_run, analyze
 from cdfast.analysis_summary import (
     bootstrap,
+    bootstrap_mean,
     pearson,
     ranks,
     similarity_groups,
@@ -21,7 +24,8 @@ from cdfast.evaluate import evaluate
 from cdfast.models import load_model
 from cdfast.suites import miniature_suite
 from cdfast.synthetic import build_miniature_model, make_processor, miniature_configs, teacher_path
-from tests.cdfast.tiny_families import llava, photo
+from tests.cdfast.test_report import Page
+from tests.cdfast.tiny_families import FAMILIES, llava, photo
 
 # -- statistics ------------------------------------------------------------------------------------
 
@@ -48,6 +52,16 @@ def test_bootstrap_is_seeded_and_covers():
     assert 50 <= covered <= 60
     again = [bootstrap(lambda c: values[c].mean(), units, seed, 200) for seed in (3, 3, 4)]
     assert again[0] == again[1] != again[2]
+
+
+def test_bootstrap_of_a_mean_is_that_of_any_statistic():
+    rng = np.random.default_rng(5)
+    values, units = rng.normal(size=90), [str(i // 3 + (i > 80)) for i in range(90)]
+    of_any = bootstrap(lambda c: values[c].mean(), units, 1, 3000)
+    of_mean = bootstrap_mean(values, units, 2, 3000)
+    assert of_mean == pytest.approx(of_any, abs=0.03)
+    assert bootstrap_mean(values, units, 2, 3000) == of_mean
+    assert bootstrap_mean(values[:2], ["a", "b"], 0) is None
 
 
 def test_bootstrap_draws_units_not_cases():
@@ -166,6 +180,25 @@ def test_files_of_the_command(done):
     assert not content["interrupted"]
 
 
+def test_page_of_the_command(done):
+    """Self-contained, and analysis.json stays free of the explorer's bulk."""
+    folder, content = done
+    markup = (folder / "report.html").read_text()
+    page = Page(markup)
+    assert page.headings[:3] == ["Attention analysis", "Attention analysis", "Attention explorer"]
+    assert page.tags.count("svg") == 4
+    explorer = json.loads((folder / "explorer.json").read_text())
+    assert [model["name"] for model in explorer["models"]] == ["teacher", "student", "baseline"]
+    assert [sample["kind"] for sample in explorer["samples"]] == content["scopes"]["kinds"][:8]
+    assert 'id="explorer-data"' in markup
+    assert "explorer" not in content
+    rows = page.table("By group and kind")
+    assert rows["questions"][:4] == ["n", "teacher", "student", "baseline"]
+    for scope, models in content["answers"].items():
+        accuracy = [f"{models[m]['accuracy']:.3f}" for m in ("teacher", "student", "baseline")]
+        assert rows[scope][1:4] == accuracy
+
+
 def test_a_model_is_like_itself(done):
     _, content = done
     for scope in content["cases"]:
@@ -225,8 +258,36 @@ def test_own_data_and_chosen_layers(tmp_path):
     assert (tmp_path / "out" / content["overlays"][0]["file"]).exists()
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "smolvlm"])
+def test_page_of_each_family(family, tmp_path, monkeypatch):
+    """Mechanics only: random weights, the file's questions, a baseline, an explorer."""
+    model, processor = FAMILIES[family]()
+    for name in ("teacher", "student", "baseline"):
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+    made = SimpleNamespace(from_pretrained=lambda source: processor)
+    monkeypatch.setattr(analyze, "AutoProcessor", made)
+    records = []
+    for n in range(4):
+        photo(64, 48, n).save(tmp_path / f"{n}.png")
+        turns = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
+        records.append({"image": f"{n}.png", "conversations": turns})
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    options = ["--data", tmp_path / "mine.json", "--baseline", tmp_path / "baseline"]
+    options += ["--resamples", "20", "--overlays", "0", "--output-dir", tmp_path / "out"]
+    arguments = [tmp_path / "teacher", tmp_path / "student", *options]
+    assert analyze.main([str(argument) for argument in arguments]) == 0
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert page.tags.count("svg") == 4
+    explorer = json.loads((tmp_path / "out" / "explorer.json").read_text())
+    assert [model["name"] for model in explorer["models"]] == ["teacher", "student", "baseline"]
+    assert explorer["samples"][0]["images"][0]["planes"]
+
+
 def test_an_interrupted_analysis_keeps_what_is_done(untrained, tmp_path, monkeypatch):
-    measure, calls = analyze.measure, []
+    measure, calls = analysis_run.measure, []
 
     def twice(*arguments):
         calls.append(1)
@@ -234,7 +295,7 @@ def test_an_interrupted_analysis_keeps_what_is_done(untrained, tmp_path, monkeyp
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(analyze, "measure", twice)
+    monkeypatch.setattr(analysis_run, "measure", twice)
     options = ["--output-dir", str(tmp_path), "--overlays", "0"]
     assert analyze.main(["miniature", untrained, *SMALL, *options]) == 130
     content = json.loads((tmp_path / "analysis.json").read_text())

@@ -79,6 +79,23 @@ def test_report_is_written(run):
         assert word in page
 
 
+def test_attention_of_both_runs_is_analysed(run):
+    """On the same questions; the explorer has no baseline, because KD has the teacher's loss."""
+    folder, _ = run
+    with_vat, without = (
+        json.loads((place / "analysis" / "analysis.json").read_text())
+        for place in (folder, folder / "compare" / "kd")
+    )
+    assert with_vat["cases"] == without["cases"]
+    assert with_vat["settings"]["matched"] == without["settings"]["matched"]
+    for group in ("CR", "VQA"):
+        a, b = (c["groups"][group]["similarity"] for c in (with_vat, without))
+        assert a - b >= 0.3
+    explorer = json.loads((folder / "analysis" / "explorer.json").read_text())["explorer"]
+    assert [m["name"] for m in explorer["models"]] == ["teacher", "student (miniature)"]
+    assert "Attention explorer" in (folder / "report.html").read_text()
+
+
 def test_checkpoint_loads_and_answers(run):
     folder, _ = run
     model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
