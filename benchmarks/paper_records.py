@@ -14,11 +14,13 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.paper_arms import Resolved
 from benchmarks.result_files import processor
 from benchmarks.steps import ROOT
+
+if TYPE_CHECKING:
+    from benchmarks.paper_resolve import Resolved
 
 DIGITS = 6
 # What the numbers come from; a commit with changes here that are not committed is no commit.

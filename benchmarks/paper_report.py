@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.paper_arms import ARMS, EVALUATION, ROW_LABELS, TABLES, Resolved, Table
+from benchmarks.paper_arms import ARMS, EVALUATION, ROW_LABELS, TABLES, Table
 from benchmarks.paper_records import Records, stale
 from benchmarks.paper_statistics import paired, summary
 from benchmarks.result_files import headline, table
 from cdfast.statistics import wilson_interval
+
+if TYPE_CHECKING:  # importing it loads models' code, which readme.py has no use for
+    from benchmarks.paper_resolve import Resolved
 
 THEME = "paper_tables"
 COMMAND = "python -m benchmarks.paper_tables"
@@ -28,7 +31,7 @@ _HEADLINE = {
     "CompoDistill over SFT at equal compute": ("compodistill", "sft-equal-compute"),
 }
 BySeed = dict[int, dict[str, Any]]
-Arms = Mapping[str, Resolved | str]
+Arms = Mapping[str, "Resolved | str"]
 
 
 def build(records: Records, arms: Arms, seeds: int, quick: bool = False) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def build(records: Records, arms: Arms, seeds: int, quick: bool = False) -> dict
     by_arm = {name: _of_arm(records, arms[name], seeds) for name in ARMS}
     used = [record for runs in by_arm.values() for record in runs.values()]
     newest = max(used, key=lambda r: r["date"], default=None)
-    keys = [resolved.key for resolved in arms.values() if isinstance(resolved, Resolved)]
+    keys = [resolved.key for resolved in arms.values() if not isinstance(resolved, str)]
     return {
         "theme": THEME,
         "command": COMMAND + (" --quick" if quick else ""),
@@ -105,21 +108,20 @@ def _similarity(record: Any) -> float | None:
 
 def _table(name: str, chosen: Table, by_arm: Mapping[str, BySeed], arms: Arms) -> dict[str, Any]:
     reference = by_arm[chosen.reference]
-    teacher_name = _teacher_name(by_arm, chosen)
-    rows = [
-        _row(arm, _label(name, arm), by_arm[arm], arms[arm], reference, teacher_name)
-        for arm in chosen.arms
-    ]
+    rows = [_row(arm, _label(name, arm), by_arm[arm], arms[arm], reference) for arm in chosen.arms]
+    teacher = _teacher(by_arm[chosen.teacher_of]) if chosen.teacher_of else None
     for row in rows:
         if row["arm"] == chosen.reference:
             row["against"] = None
+        if chosen.teacher_of and _teachers(by_arm[row["arm"]]) - {teacher and teacher["name"]}:
+            row["similarity"] = summary([])  # with another teacher
     found: dict[str, Any] = {
         "letter": chosen.letter,
         "title": chosen.title,
         "note": chosen.note,
         "reference": _label(name, chosen.reference),
-        "teacher": _teacher(by_arm, chosen) if chosen.teacher else None,
-        "shows_teacher": chosen.teacher,
+        "teacher": teacher,
+        "shows_teacher": bool(chosen.teacher_of),
         "rows": rows,
     }
     if chosen.curve:
@@ -132,14 +134,13 @@ def _label(table_name: str, arm: str) -> str:
     return ROW_LABELS.get((table_name, arm), ARMS[arm].label)
 
 
-def _teacher_name(by_arm: Mapping[str, BySeed], chosen: Table) -> str | None:
-    """Of the last arm, which is the one that distils most."""
-    return next((r["teacher_name"] for r in by_arm[chosen.arms[-1]].values()), None)
+def _teachers(runs: BySeed) -> set[str | None]:
+    return {record["teacher_name"] for record in runs.values()}
 
 
-def _teacher(by_arm: Mapping[str, BySeed], chosen: Table) -> dict[str, Any] | None:
+def _teacher(runs: BySeed) -> dict[str, Any] | None:
     """One model on the same questions: an interval over questions, none over seeds."""
-    record = next((r for r in by_arm[chosen.arms[-1]].values() if r["teacher"]), None)
+    record = next((record for record in runs.values() if record["teacher"]), None)
     if record is None:
         return None
     observations = _questions([record])["observations"]
@@ -162,11 +163,9 @@ def _row(
     runs: BySeed,
     resolved: Resolved | str,
     reference: BySeed,
-    teacher_name: str | None,
 ) -> dict[str, Any]:
     kinds = list(next(iter(runs.values()))["student"]["kinds"]) if runs else []
     first = next(iter(runs.values()), None)
-    comparable = {s: r for s, r in runs.items() if r["teacher_name"] == teacher_name}
     accuracy = {group: _values(runs, _accuracy(group)) for group in GROUPS}
     return {
         "arm": arm,
@@ -183,7 +182,7 @@ def _row(
             kind: summary([r["student"]["kinds"][kind]["accuracy"] for r in runs.values()])
             for kind in kinds
         },
-        "similarity": summary(list(_values(comparable, _similarity).values())),
+        "similarity": summary(list(_values(runs, _similarity).values())),
         "steps": sum(first["steps"]) if first else None,
         "cpu_seconds": summary(list(_values(runs, lambda r: r["cpu_seconds"]).values())),
     }

@@ -25,8 +25,8 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from benchmarks.paper_arms import Resolved
 from benchmarks.paper_records import Cost, Records, append, make_record
+from benchmarks.paper_resolve import Resolved
 from benchmarks.steps import GRACE, ROOT
 from cdfast.config import to_dict
 

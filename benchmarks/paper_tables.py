@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from benchmarks import paper_plot, paper_report, terminal
-from benchmarks.paper_arms import ARMS, TABLES, Absent, Resolved, resolve
+from benchmarks.paper_arms import ARMS, TABLES
 from benchmarks.paper_records import BrokenRecords, read, stale
+from benchmarks.paper_resolve import Absent, Resolved, resolve
 from benchmarks.paper_runs import Busy, Outcome, expected_seconds, make_runs, plan
 from benchmarks.result_files import RESULTS, file_name, write_json
 from benchmarks.steps import INTERRUPTED, ROOT, shown
