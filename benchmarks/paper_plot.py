@@ -106,8 +106,8 @@ def draw_curves(path: Path, report: Mapping[str, Any]) -> bool:
             panel.grid(color="#dddddd")
         handles = figure.axes[0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-        title = f"{_title(report)}, ({found['letter']}): validation scenes, during training"
-        figure.suptitle(title)
+        kind = "validation scenes, during training; band: 95% interval"
+        figure.suptitle(f"{_title(report)}, ({found['letter']}): {kind}")
         figure.savefig(path, **_SIZE)
     return True
 
