@@ -89,9 +89,13 @@ def stale(records: Records, keys: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def make_record(
-    resolved: Resolved, seed: int, results: Mapping[str, Any], cost: Cost
+    resolved: Resolved, seed: int, results: Mapping[str, Any], cost: Cost, begun_at: str | None
 ) -> dict[str, Any]:
-    """A run's line, from its results.json."""
+    """A run's line, from its results.json.
+
+    Args:
+        begun_at: `commit()` when the run began, whose code it has loaded.
+    """
     evaluation, environment = results["evaluation"], results["environment"]
     models, similarity = evaluation["models"], results.get("similarity")
     return _rounded(
@@ -119,7 +123,7 @@ def make_record(
                 "processor": processor(),
                 **{name: environment[name] for name in ("python", "cores", "threads", "versions")},
             },
-            "commit": commit(),
+            "commit": begun_at,
             "date": f"{datetime.date.today():%Y-%m-%d}",
         }
     )
@@ -153,7 +157,7 @@ def curve(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def commit() -> str | None:
-    """The commit that runs are made at, "+" behind it where the sources differ from it; None
+    """The commit of this checkout now, "+" behind it where the sources differ from it; None
     outside of a git checkout."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")

@@ -265,7 +265,7 @@ def described(report: Mapping[str, Any]) -> str:
     widest = {g: 100 * (wilson_interval(0.5, n)[1] - 0.5) for g, n in counts.items() if n}
     error = " and ".join(f"±{width:.1f} points in {g}" for g, width in widest.items())
     return (
-        f"`{report['command']}`, {report['seeds']} seeds, {report['date']}, "
+        f"`{report['command']}`, seeds: {report['seeds']}, {report['date']}, "
         f"{environment['processor']}, {environment['threads']} thread per run, {named}; commits "
         f"{', '.join(report['commits']) or 'not recorded'}. Accuracy: mean ± standard deviation "
         "over seeds of weights and training scenes. Differences: paired by seed, with the 95% "

@@ -129,7 +129,7 @@ def key_of(recipe: Recipe) -> str:
     package's version, the weights that are shipped, and the first scenes of the embedded data. A
     change of the package's code alone is not seen: records have the commit they were made at.
     """
-    changed = _changed(recipe, Recipe())
+    changed = _changed(recipe, type(recipe)())
     content = {name: value for name, value in changed.items() if name not in _NOT_IN_KEY}
     content["stages"] = [_changed(s, StageRecipe(stage=s.stage)) for s in recipe.stages]
     content["kinds"] = [stage.stage for stage in recipe.stages]

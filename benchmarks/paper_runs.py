@@ -25,7 +25,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from benchmarks.paper_records import Cost, Records, append, make_record
+from benchmarks.paper_records import Cost, Records, append, commit, make_record
 from benchmarks.paper_resolve import Resolved
 from benchmarks.steps import GRACE, ROOT
 from cdfast.config import to_dict
@@ -78,6 +78,7 @@ class _Child:
     process: subprocess.Popen
     began: float
     interrupted: int
+    commit: str | None
 
 
 def expected_seconds(resolved: Resolved, records: Records) -> float:
@@ -226,7 +227,7 @@ def _start(
         # One kind of device in one table, whatever the machine has.
         "CUDA_VISIBLE_DEVICES": "",
     }
-    words = command(planned, work)
+    words, begun_at = command(planned, work), commit()
     with _log(work, planned).open("a") as log:
         log.write(" ".join(words) + "\n")
         log.flush()
@@ -240,7 +241,7 @@ def _start(
             start_new_session=True,
             pass_fds=(lock,),
         )
-    return _Child(planned, process, time.monotonic(), before)
+    return _Child(planned, process, time.monotonic(), before, begun_at)
 
 
 def _log(work: Path, planned: Planned) -> Path:
@@ -267,7 +268,7 @@ def _ended(
             cpu_seconds=None if child.interrupted else cpu,
             interrupted=child.interrupted,
         )
-        record = make_record(planned.resolved, planned.seed, results, cost)
+        record = make_record(planned.resolved, planned.seed, results, cost, child.commit)
     except (OSError, ValueError, KeyError) as error:
         reason = f"{planned.label}: {error!r}\n{_last_lines(_log(work, planned))}"
         outcome.failed[planned.label] = reason
@@ -303,16 +304,18 @@ def _stop(process: subprocess.Popen) -> None:
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does: children are stopped, and all is resumable."""
+    """SIGTERM and a closed terminal end the command as Ctrl-C does: children are stopped, and all
+    is resumable."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {how: signal.signal(how, interrupt) for how in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for how, handler in before.items():
+            signal.signal(how, handler)
 
 
 class _Progress:

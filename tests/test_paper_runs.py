@@ -171,7 +171,24 @@ def when_there(path, act):
     thread.start()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_runs_hold_the_lock_of_the_command_that_started_them(tmp_path):
+    """So that they are not started again while they outlive it."""
+    body = (
+        "lock = os.stat(folder.parent / 'lock').st_ino\n"
+        "def inode(descriptor):\n"
+        "    try: return os.fstat(descriptor).st_ino\n"
+        "    except OSError: return None\n"
+        "if any(inode(i) == lock for i in range(3, 256)): finish()"
+    )
+    work, path = tmp_path / "work", tmp_path / "runs.jsonl"
+    assert not make_runs([planned()], work, path, jobs=1, command=child(body)).failed
+
+
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+    ids=["Ctrl-C", "SIGTERM", "terminal closed"],
+)
 def test_a_stopped_command_goes_on_where_it_was(tmp_path, how):
     run, work, path = planned(), tmp_path / "work", tmp_path / "runs.jsonl"
     when_there(work / run.slug / "half", lambda: os.kill(os.getpid(), how))

@@ -4,7 +4,7 @@ Records here are made up in temporary folders; those of real runs are in benchma
 """
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 
@@ -23,7 +23,7 @@ from benchmarks.paper_arms import ARMS, EQUAL_COMPUTE, ROW_LABELS, TABLES, Arm
 from benchmarks.paper_records import append, read
 from benchmarks.paper_resolve import Absent, key_of, resolve
 from cdfast.command_line import parse_command_line
-from cdfast.config import load_recipe, override
+from cdfast.config import Recipe, load_recipe, override
 from tests.paper_samples import record, resolved
 
 PRESENT = ("compodistill", "kd", "vat", "taf", "mse", "kl", "early", "later", "all")
@@ -85,6 +85,17 @@ def test_what_changes_a_number_changes_the_key(monkeypatch, tmp_path):
         assert key_of(recipe) != key
     monkeypatch.setattr("cdfast.scenes.NOISE_STD", 13.0)
     assert key_of(recipe) != key
+
+
+def test_an_option_that_a_later_version_adds_changes_no_key():
+    @dataclass
+    class Later(Recipe):
+        new_option: int = field(default=0, metadata={"limits": {}})
+
+    recipe = load_recipe("miniature")
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    assert key_of(Later(**values)) == key_of(recipe)
+    assert key_of(Later(**values, new_option=1)) != key_of(recipe)
 
 
 def test_long_runs_have_every_stage_longer_and_are_measured_on_the_way(present):
