@@ -12,10 +12,9 @@ from cdfast.adapters import set_trainable, vision_tower
 from cdfast.aligner import build_layout
 from cdfast.collator import VisionTextCollator
 from cdfast.config import PROJECTOR_ONLY, Recipe
-from cdfast.distill import kl_rows
 from cdfast.dry_run import meta_model, model_configs
 from cdfast.flops import COUNTS, patch_size, step_counts, step_flops
-from cdfast.losses import answer_rows
+from cdfast.losses import answer_rows, unshifted_rows
 from cdfast.models import load_processor
 from cdfast.stages import Run, stage_dataset
 
@@ -62,6 +61,7 @@ def _counts_per_step(run: Run, number: int, student: Any) -> dict[str, float]:
         batch = collate([data[i] for i in range(first, first + size)])
         labels = batch["labels"]
         batch["layout"] = build_layout(batch, student.config.image_token_id)
-        kl = kl_rows(labels, recipe.unshifted_kl_mask)
-        total += step_counts(batch, answer_rows(labels).sum(), kl.sum(), patch_size(student))
+        lm = answer_rows(labels)
+        kl = unshifted_rows(labels) if recipe.unshifted_kl_mask else lm
+        total += step_counts(batch, lm.sum(), kl.sum(), patch_size(student))
     return dict(zip(COUNTS, (total / batches).tolist()))

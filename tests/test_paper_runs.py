@@ -131,6 +131,7 @@ def test_finished_runs_are_recorded_with_the_cpu_seconds_of_all_their_processes(
     for found in records.values():
         assert 0.4 <= found["cpu_seconds"] < 5
         assert found["interrupted"] == 0
+        assert found["commit"] == paper_records.commit()
         assert found["student"]["averages"]["CR"] == 0.75
         assert found["curve"] == [{"step": 7, "CR": 0.5}]
     assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["lock", "logs"]
