@@ -94,7 +94,9 @@ def _base(arm: Arm) -> Recipe:
         recipe = override(load_recipe(arm.recipe), dict(arm.options))
         recipe.check_runnable()
     except ConfigError as error:
-        raise Absent(str(error)) from error
+        # It goes into committed tables: not where this checkout is, nor every option there is.
+        reason = str(error).partition(" Known: ")[0]
+        raise Absent(reason.replace(f"{Path(cdfast.__file__).parent}/", "")) from error
     # Not load_config, which would ask the hub for a name that is no folder.
     if recipe.teacher and not Path(teacher_source(recipe)).is_dir():
         raise Absent(f"teacher: expected a shipped one; {recipe.teacher!r} is not in this package.")

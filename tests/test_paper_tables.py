@@ -23,7 +23,7 @@ from benchmarks.paper_arms import ARMS, EQUAL_COMPUTE, ROW_LABELS, TABLES, Arm
 from benchmarks.paper_records import append, read
 from benchmarks.paper_resolve import Absent, key_of, resolve
 from cdfast.command_line import parse_command_line
-from cdfast.config import Recipe, load_recipe, override
+from cdfast.config import ConfigError, Recipe, load_recipe, override, recipe_files
 from cdfast.synthetic import SceneDataset
 from tests.paper_samples import record, resolved
 
@@ -135,8 +135,19 @@ def test_equal_compute_is_counted(monkeypatch):
 )
 def test_an_arm_that_this_package_has_not_is_named(monkeypatch, arm, named):
     monkeypatch.setitem(paper_resolve.ARMS, "x", arm)
-    with pytest.raises(Absent, match=named):
+    with pytest.raises(Absent, match=named) as caught:
         resolve("x")
+    assert "Known:" not in str(caught.value)
+
+
+def test_a_recipe_of_another_version_is_named_without_the_folder_of_this_checkout(monkeypatch):
+    def broken(source):
+        raise ConfigError(f"{recipe_files()[source]}: recipe: 'x' is unknown. Known: a, b.")
+
+    monkeypatch.setattr(paper_resolve, "load_recipe", broken)
+    with pytest.raises(Absent) as caught:
+        resolve("compodistill")
+    assert str(caught.value) == "recipes/miniature.yaml: recipe: 'x' is unknown."
 
 
 # -- tables from made-up records ---------------------------------------------------------------
