@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import paper_report
 from benchmarks.history import BrokenResult, Result, load, machine, newest
 from benchmarks.result_files import RESULTS, file_name, headline, number, table, write_json
 
@@ -133,12 +134,21 @@ def kernels_table(result: Result) -> str:
     return f"{text}\n\n{table(columns, rows)}" if rows else f"{text}\n\nNo case was measured."
 
 
+def paper_block(result: Result) -> str:
+    """The tables of benchmarks.paper_tables."""
+    page = result.path.with_suffix(".md").name
+    return paper_report.readme_text(result.report, f"benchmarks/results/{page}")
+
+
 # marker -> (theme, table of one result, command that measures it)
 BLOCKS: dict[str, tuple[str, Callable[[Result], str], str]] = {
     "results": ("train_step", step_table, "python -m benchmarks.bench_train_step"),
     "kernels": ("kernels", kernels_table, "python -m benchmarks.bench_kernels"),
     "miniature": ("miniature", miniature_table, "torchrun -m cdfast.train --compare"),
+    "paper": (paper_report.THEME, paper_block, paper_report.COMMAND),
 }
+# The README may leave these out, as it does until there are results.
+MAY_BE_ABSENT = ("paper",)
 
 
 def miniature_headline(runs: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -208,6 +218,8 @@ def rendered(readme: str, results: list[Result]) -> str:
     """The README with what stands between its markers replaced."""
     for marker in BLOCKS:
         begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+        if marker in MAY_BE_ABSENT and begin not in readme and end not in readme:
+            continue
         head, opened, rest = readme.partition(begin)
         _, closed, tail = rest.partition(end)
         if not (opened and closed):

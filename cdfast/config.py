@@ -25,6 +25,7 @@ from cdfast.yaml_file import parse_yaml, read_yaml
 
 STAGES = ("pretrain", "sft", "dpt", "dft")
 ZERO_STAGES = (0, 1, 2, 3)
+EVALUATION_SPLITS = ("validation", "test")
 TEACHER_PLACEMENTS = ("replicated", "sharded", "offloaded")
 MINIATURE = "miniature"
 # The recipe of a command line that names none: the miniature, or, with models or data, this one.
@@ -216,6 +217,18 @@ class Recipe:
     evaluate: str | None = _option(None, "Evaluation after training: 'miniature', or none.")
     evaluate_per_kind: int = _option(300, "Caption pairs per question kind.", at_least=1)
     evaluate_vqa_per_kind: int = _option(150, "Recognition questions per kind.", at_least=1)
+    evaluate_split: str = _option(
+        "test",
+        "Scenes of the evaluation after training: test, or validation, to choose settings on. "
+        "--resume takes another one, and then evaluates a finished run again: no weight depends on "
+        "it, because nothing trains on either, which is checked.",
+    )
+    evaluate_seed: int = _option(
+        0,
+        "Another seed draws other scenes of evaluate_split, such as fresh ones for a final table. "
+        "--resume takes another one, as for evaluate_split.",
+        at_least=0,
+    )
     eval_data: list[str] = _option(
         [],
         "Held-out files for evaluation during training (--eval-steps) and for attention similarity "
@@ -272,6 +285,7 @@ class Recipe:
         _choice("dtype", self.dtype, ("float32", "bfloat16"))
         _choice("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16", "float16"))
         _choice("preset", self.preset, ("paper", "official"))
+        _choice("evaluate_split", self.evaluate_split, EVALUATION_SPLITS)
         _choice("zero_stage", self.zero_stage, ZERO_STAGES)
         _choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
         if self.evaluate is not None:

@@ -53,7 +53,7 @@ def evaluation_section(
         "Measured every eval_steps steps: loss of held-out samples, answers to a small part of the "
         "validation questions, and similarity of student and teacher attention in the matched "
         "layers (text rows), where a teacher is loaded. The "
-        "accuracy table above is of the test questions, at the end.",
+        "accuracy table above is of the end, on the questions of evaluate_split.",
         table(caption, heading, rows, left=(2,)),
     )
 

@@ -137,7 +137,10 @@ def measure_accuracy(
     from cdfast.synthetic import check_disjoint, read_card
 
     questions = miniature_suite(
-        "test", recipe.evaluate_per_kind, recipe.evaluate_vqa_per_kind, seed=0
+        recipe.evaluate_split,
+        recipe.evaluate_per_kind,
+        recipe.evaluate_vqa_per_kind,
+        recipe.evaluate_seed,
     )
     check_disjoint({question.source for question in questions}, trained_scenes)
     reports = {"student": evaluate(student, processor, questions)}
@@ -146,7 +149,13 @@ def measure_accuracy(
     )
     if teacher is not None:
         reports["teacher"] = evaluate(teacher, processor, questions)
-    return {"suite": recipe.evaluate, "models": reports, "text_only": read_card()["text_only"]}
+    return {
+        "suite": recipe.evaluate,
+        "split": recipe.evaluate_split,
+        "seed": recipe.evaluate_seed,
+        "models": reports,
+        "text_only": read_card()["text_only"],
+    }
 
 
 def measure(

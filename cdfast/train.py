@@ -67,6 +67,8 @@ _FREE_ON_RESUME = (
     "workers",
     "compare",
     "evaluate",
+    "evaluate_split",
+    "evaluate_seed",
     "eval_data",
     "eval_image_root",
     "eval_samples",
@@ -91,7 +93,9 @@ def run_recipe(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, 
     if resume:
         check_same_recipe(recipe, folder)
         if results_path.exists():
-            return json.loads(results_path.read_text())
+            found = json.loads(results_path.read_text())
+            if _same_questions(found["recipe"], recipe):
+                return found
     processor = load_processor(recipe)
     run = Run(recipe, folder, processor, state)
     check_stages(run)
@@ -149,6 +153,14 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
                 f"got {now.get(name)!r}. Give the same options, or start a new run in another "
                 "--output-dir."
             )
+
+
+def _same_questions(measured: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a run's results are of the evaluation scenes that are asked for now."""
+    # Results written before there were these options are of their defaults.
+    now, default = to_dict(recipe), Recipe()
+    names = ("evaluate_split", "evaluate_seed")
+    return all(measured.get(name, getattr(default, name)) == now[name] for name in names)
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:

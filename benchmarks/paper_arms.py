@@ -1,0 +1,173 @@
+"""The tables of the paper in miniature: which runs each has, as recipes and options.
+
+An arm is a recipe, the options that a user would type behind it, and a factor of its steps. Arms
+are named once and may be in several tables: one run serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Test scenes that no setting was chosen on and no earlier number is of: those are of seed 0.
+EVALUATION = {"evaluate_split": "test", "evaluate_seed": 20261123}
+# Steps of the runs to convergence, as a multiple of the recipe's.
+CURVE_FACTOR = 5.0
+CURVE_POINTS = 20
+CURVE_QUESTIONS = 50
+EQUAL_COMPUTE = "equal compute"
+_KD = {"taf": False, "alignment_weight": 0}
+_LM = {**_KD, "kl_weight": 0}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One system or setting.
+
+    Args:
+        label: in tables.
+        recipe: name of a shipped recipe.
+        options: as on the command line of cdfast.train.
+        steps: factor of every stage's steps, or EQUAL_COMPUTE: as many as cost the counted
+            operations of the arm `compute_of`.
+        curve: whether it is measured during training as well.
+    """
+
+    label: str
+    recipe: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    steps: float | str = 1.0
+    compute_of: str = ""
+    curve: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arms side by side.
+
+    Args:
+        letter: of the issue.
+        title: above it.
+        arms: their names, in the order of the rows.
+        reference: arm that differences are against.
+        note: what this table's rows do not say themselves.
+        teacher_of: arm whose teacher has a row, and with which similarity is shown; none: no row.
+        curve: whether it is drawn over training steps.
+    """
+
+    letter: str
+    title: str
+    arms: tuple[str, ...]
+    reference: str
+    note: str = ""
+    teacher_of: str = ""
+    curve: bool = False
+
+
+ARMS: dict[str, Arm] = {
+    "sft": Arm("SFT", "miniature-sft"),
+    "sft-equal-compute": Arm(
+        "SFT at equal compute", "miniature-sft", steps=EQUAL_COMPUTE, compute_of="compodistill"
+    ),
+    "llavadi": Arm("LLaVADI", "miniature-llavadi"),
+    "llava-kd": Arm("LLaVA-KD", "miniature-llava-kd"),
+    "llava-mod": Arm("LLaVA-MoD dense", "miniature-llava-mod"),
+    "compodistill": Arm("CompoDistill, paper", "miniature"),
+    "official": Arm("CompoDistill, official", "miniature-official"),
+    "kd": Arm("KD: neither VAT nor TAF", "miniature", _KD),
+    "vat": Arm("VAT", "miniature", {"taf": False}),
+    "taf": Arm("TAF, no alignment", "miniature", {"alignment_weight": 0}),
+    "mse": Arm("MSE", "miniature", {"objective": "mse"}),
+    "kl": Arm("KL", "miniature", {"objective": "kl"}),
+    "early": Arm("early", "miniature", {"layers": "early"}),
+    "later": Arm("later", "miniature", {"layers": "later"}),
+    "all": Arm("all", "miniature", {"layers": "all"}),
+    "simple": Arm("simple", "miniature", {"matching": "simple"}),
+    "adaptive": Arm("adaptive", "miniature", {"matching": "adaptive"}),
+    "sft-long": Arm("SFT", "miniature-sft", steps=CURVE_FACTOR, curve=True),
+    "kd-long": Arm("KD", "miniature", _KD, CURVE_FACTOR, curve=True),
+    "compodistill-long": Arm("CompoDistill, paper", "miniature", {}, CURVE_FACTOR, curve=True),
+    "kd-unprivileged": Arm("KD", "miniature", {**_KD, "teacher": "miniature-unprivileged"}),
+    "compodistill-unprivileged": Arm(
+        "CompoDistill, paper", "miniature", {"teacher": "miniature-unprivileged"}
+    ),
+    "sft-photos": Arm("SFT", "miniature-photos", _LM),
+    "kd-photos": Arm("KD", "miniature-photos", _KD),
+    "compodistill-photos": Arm("CompoDistill, paper", "miniature-photos"),
+}
+TABLES: dict[str, Table] = {
+    "main": Table(
+        "a",
+        "The systems",
+        (
+            "sft",
+            "sft-equal-compute",
+            "llavadi",
+            "llava-kd",
+            "llava-mod",
+            "compodistill",
+            "official",
+        ),
+        "sft",
+        teacher_of="compodistill",
+    ),
+    "vat-taf": Table("b", "VAT and TAF", ("kd", "vat", "taf", "compodistill"), "kd"),
+    "objective": Table(
+        "c",
+        "Alignment objective",
+        ("taf", "mse", "kl", "compodistill"),
+        "taf",
+        "All objectives have the weight that was chosen for the cosine.",
+    ),
+    "layers": Table(
+        "d",
+        "Aligned layers",
+        ("early", "compodistill", "later", "all"),
+        "compodistill",
+        "Similarity is that of the layers which the row aligns: it is not of the same layers in "
+        "all rows.",
+    ),
+    "matching": Table(
+        "e",
+        "Layer matching",
+        ("simple", "adaptive", "compodistill"),
+        "compodistill",
+        "Similarity is that of each row's own matches.",
+    ),
+    "steps": Table(
+        "f",
+        f"{CURVE_FACTOR:g} times the steps",
+        ("sft-long", "kd-long", "compodistill-long"),
+        "sft-long",
+        f"Every stage has {CURVE_FACTOR:g} times its steps. The rows are the end, on the test "
+        "scenes; the curves are of validation scenes, during training.",
+        curve=True,
+    ),
+    "unprivileged": Table(
+        "g1",
+        "Teacher without privileged attention supervision",
+        ("sft", "kd-unprivileged", "compodistill-unprivileged"),
+        "sft",
+        "SFT is the run of (a): it has no teacher.",
+        teacher_of="compodistill-unprivileged",
+    ),
+    "photos": Table(
+        "g2",
+        "Scenes of real picture content",
+        ("sft-photos", "kd-photos", "compodistill-photos"),
+        "sft-photos",
+        "SFT has the stages of the recipe with the LM loss alone.",
+        teacher_of="compodistill-photos",
+    ),
+}
+# Names of rows whose arm has another name in its table.
+ROW_LABELS = {
+    ("vat-taf", "kd"): "neither",
+    ("vat-taf", "taf"): "TAF",
+    ("vat-taf", "compodistill"): "VAT + TAF",
+    ("objective", "taf"): "none",
+    ("objective", "compodistill"): "cosine",
+    ("layers", "compodistill"): "intermediate",
+    ("matching", "compodistill"): "group",
+}

@@ -1,0 +1,355 @@
+"""Runs of the tables as child processes: in parallel, each with a log, all of them resumable.
+
+A run that ends well becomes a line of runs.jsonl, and its folder is removed. One that fails, or is
+stopped, keeps its folder and goes on from its last checkpoint the next time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from benchmarks.paper_records import Cost, Records, append, commit, make_record
+from benchmarks.paper_resolve import Resolved
+from benchmarks.steps import GRACE, ROOT
+from cdfast.config import to_dict
+
+# Seconds per optimizer step where no run has been recorded: the miniature's 520 steps took about
+# 150 seconds of one core, evaluation included.
+SECONDS_PER_STEP = 0.3
+POLL = 0.2
+# After the limit of --minutes, for runs that take a little longer than expected.
+OVERTIME = 60.0
+LAST_LINES = 12
+# Beside the recipe's own options: they change nothing but where a stopped run goes on.
+_CHECKPOINTS = ("--save-strategy", "steps", "--save-steps", "100", "--save-total-limit", "1")
+
+
+class Busy(RuntimeError):
+    """Another command, or runs that it has left behind, uses the same folder."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run that is to be made."""
+
+    resolved: Resolved
+    seed: int
+    seconds: float  # expected
+
+    @property
+    def label(self) -> str:
+        return f"{self.resolved.name} seed {self.seed}"
+
+    @property
+    def slug(self) -> str:
+        return f"{self.resolved.name}-{self.resolved.key}-seed{self.seed}"
+
+
+@dataclass
+class Outcome:
+    """How a command ended: failed runs with their last lines, and those that were not started."""
+
+    made: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    left: list[Planned] = field(default_factory=list)
+    interrupted: bool = False
+
+
+@dataclass
+class _Child:
+    planned: Planned
+    process: subprocess.Popen
+    began: float
+    interrupted: int
+    commit: str | None
+
+
+def expected_seconds(resolved: Resolved, records: Records) -> float:
+    """Of the clock: that of the same runs before, else by steps from other runs."""
+    same = [r["seconds"] for r in records.values() if r["key"] == resolved.key and _whole(r)]
+    if same:
+        return statistics.fmean(same)
+    per_step = [r["seconds"] / sum(r["steps"]) for r in records.values() if _whole(r)]
+    return resolved.steps * (statistics.median(per_step) if per_step else SECONDS_PER_STEP)
+
+
+def _whole(record: Mapping[str, Any]) -> bool:
+    return not record["interrupted"]
+
+
+def plan(chosen: Sequence[Resolved], seeds: int, records: Records) -> list[Planned]:
+    """What is not recorded yet; one seed of all arms before the next, so that parts compare."""
+    missing: dict[tuple[str, int], Planned] = {}
+    for seed in range(seeds):
+        for resolved in chosen:
+            key = resolved.key, seed
+            if key not in records and key not in missing:
+                missing[key] = Planned(resolved, seed, expected_seconds(resolved, records))
+    return list(missing.values())
+
+
+def arguments(planned: Planned, work: Path) -> list[str]:
+    """What stands behind `python -m cdfast.train`: the arm's recipe and options, or a recipe file
+    where the steps of its stages are multiplied."""
+    resolved = planned.resolved
+    found = [resolved.arm.recipe]
+    if resolved.factor == 1.0:
+        for name, value in resolved.options.items():
+            found += [f"--{name.replace('_', '-')}", *_words(value)]
+    else:
+        path = work / f"{resolved.name}-{resolved.key}.yaml"
+        path.write_text(yaml.safe_dump(to_dict(resolved.recipe), sort_keys=False))
+        found = [str(path)]
+    return [*found, "--seed", str(planned.seed), "--output-dir", str(work / planned.slug)]
+
+
+def _words(value: Any) -> list[str]:
+    """An option's value as words of a command line."""
+    if isinstance(value, (list, tuple)):
+        return [word for item in value for word in _words(item)]
+    if value is None:
+        return ["none"]
+    return [str(value).lower() if isinstance(value, bool) else str(value)]
+
+
+def train_command(planned: Planned, work: Path) -> list[str]:
+    """The command of one run."""
+    flags = ("--resume", "--disable-tqdm", "true", *_CHECKPOINTS)
+    return [sys.executable, "-m", "cdfast.train", *arguments(planned, work), *flags]
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[int]:
+    """The folder of the runs, for one command at a time: yields the lock's descriptor.
+
+    Children inherit it, so that runs which outlive a killed command are not started twice.
+
+    Raises:
+        Busy: another process has it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(
+                f"{work}: expected to be free; another command, or runs that it has left behind, "
+                "use it. Wait for them, or give another --work folder."
+            ) from error
+        yield file.fileno()
+
+
+def make_runs(
+    planned: Sequence[Planned],
+    work: Path,
+    records: Path,
+    *,
+    jobs: int,
+    minutes: float | None = None,
+    keep: bool = False,
+    command: Callable[[Planned, Path], list[str]] = train_command,
+) -> Outcome:
+    """Make runs, at most `jobs` at a time, and record each as it ends.
+
+    Args:
+        planned: in order.
+        work: folder of unfinished runs and of logs.
+        records: runs.jsonl.
+        jobs: processes at a time.
+        minutes: start nothing that is not expected to end in them; what still goes on a minute
+            later is stopped.
+        keep: leave the folders of finished runs, with their models.
+        command: of one run, with `work`.
+    """
+    outcome, waiting, running = Outcome(), list(planned), []
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    with locked(work) as lock, _progress(planned) as show, _terminate_as_interrupt():
+        try:
+            while waiting or running:
+                while len(running) < jobs and (following := _next(waiting, until)):
+                    waiting.remove(following)
+                    running.append(_start(following, work, command, lock))
+                running = [c for c in running if not _ended(c, work, records, keep, outcome, show)]
+                if until is not None and time.monotonic() > until + OVERTIME:
+                    outcome.left += [child.planned for child in running]
+                    break
+                if not running and _next(waiting, until) is None:
+                    break
+                show.update(running, waiting, outcome, jobs)
+                time.sleep(POLL)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+            outcome.left += [child.planned for child in running]
+        finally:
+            for child in running:
+                _stop(child.process)
+    outcome.left += waiting
+    return outcome
+
+
+def _next(waiting: Sequence[Planned], until: float | None) -> Planned | None:
+    """The first run that is expected to end in time."""
+    now = time.monotonic()
+    return next((p for p in waiting if until is None or now + p.seconds <= until), None)
+
+
+def _start(
+    planned: Planned, work: Path, command: Callable[[Planned, Path], list[str]], lock: int
+) -> _Child:
+    starts = work / f"{planned.slug}.starts"
+    before = len(starts.read_text()) if starts.exists() else 0
+    starts.write_text("x" * (before + 1))
+    paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    settings = {
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        # One kind of device in one table, whatever the machine has.
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    words, begun_at = command(planned, work), commit()
+    with _log(work, planned).open("a") as log:
+        log.write(" ".join(words) + "\n")
+        log.flush()
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+    return _Child(planned, process, time.monotonic(), before, begun_at)
+
+
+def _log(work: Path, planned: Planned) -> Path:
+    return work / "logs" / f"{planned.slug}.log"
+
+
+def _ended(
+    child: _Child, work: Path, records: Path, keep: bool, outcome: Outcome, show: _Progress
+) -> bool:
+    """Whether a run has ended; if so, it is recorded or named as failed."""
+    pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
+    if pid == 0:
+        return False
+    child.process.returncode = os.waitstatus_to_exitcode(status)
+    planned = child.planned
+    try:
+        if child.process.returncode:
+            raise ValueError(f"exit status {child.process.returncode}")
+        results = json.loads((work / planned.slug / "results.json").read_text())
+        # wait4 adds up the process and those of its children that it has waited for.
+        cpu = usage.ru_utime + usage.ru_stime
+        cost = Cost(
+            seconds=time.monotonic() - child.began,
+            cpu_seconds=None if child.interrupted else cpu,
+            interrupted=child.interrupted,
+        )
+        record = make_record(planned.resolved, planned.seed, results, cost, child.commit)
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"{planned.label}: {error!r}\n{_last_lines(_log(work, planned))}"
+        outcome.failed[planned.label] = reason
+        show.line(f"failed: {reason}")
+        return True
+    append(records, record)
+    outcome.made += 1
+    averages = record["student"]["averages"]
+    found = ", ".join(f"{group} {value:.3f}" for group, value in averages.items())
+    show.line(f"{planned.label}: {found}, {cost.seconds:.0f} s, {cpu:.0f} CPU s")
+    (work / f"{planned.slug}.starts").unlink(missing_ok=True)
+    if not keep:
+        shutil.rmtree(work / planned.slug)
+    return True
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(errors="replace").rstrip().splitlines()[-LAST_LINES:]
+    return "\n".join([f"  the last lines of {log}:", *(f"  | {line}" for line in lines)])
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End a run and its workers; what it has saved is whole at any time."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+            process.wait(GRACE)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the command as Ctrl-C does: children are stopped, and all
+    is resumable."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {how: signal.signal(how, interrupt) for how in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for how, handler in before.items():
+            signal.signal(how, handler)
+
+
+class _Progress:
+    """A bar of the runs in a terminal, and a line for each that ends, anywhere."""
+
+    def __init__(self, bar: Progress, planned: Sequence[Planned]):
+        self.bar = bar
+        self.task = bar.add_task("", total=len(planned), left="")
+
+    def update(
+        self, running: list[_Child], waiting: Sequence[Planned], outcome: Outcome, jobs: int
+    ) -> None:
+        now = time.monotonic()
+        seconds = sum(p.seconds for p in waiting)
+        seconds += sum(max(0.0, c.planned.seconds - (now - c.began)) for c in running)
+        self.bar.update(
+            self.task,
+            description=", ".join(child.planned.label for child in running),
+            completed=outcome.made + len(outcome.failed),
+            left=f"about {seconds / jobs / 60:.0f} min left",
+        )
+
+    def line(self, text: str) -> None:
+        self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(planned: Sequence[Planned]) -> Iterator[_Progress]:
+    columns = (
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.description}"),
+    )
+    console = Console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield _Progress(bar, planned)
