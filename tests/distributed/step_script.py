@@ -24,6 +24,13 @@ TEXT_ONLY_SECOND = [0, 1, 3, 7, 2, 4, 5, 11, 6, 8, 9, 15]
 TEXT_ONLY_FIRST = [3, 7, 0, 1, 4, 5, 11, 15, 2, 6, 8, 3]
 # The second batches of both ranks have none either.
 TEXT_ONLY_BOTH = [0, 1, 3, 7, 3, 7, 11, 15, 4, 5, 6, 8]
+# The losses of the systems that the paper compares.
+SYSTEMS = {
+    "hidden_weight": 1.0,
+    "visual_kl_weight": 1.0,
+    "relation_weight": 0.5,
+    "kl_objective": "soft_ce",
+}
 # What a case changes. Batches are those of two ranks: one process takes the global batch at once.
 CASES = {
     "plain": {"batch": 2},
@@ -49,6 +56,14 @@ CASES = {
         "order": TEXT_ONLY_FIRST,
         "options": {"matching": "adaptive"},
     },
+    "systems": {"batch": 2, "order": TEXT_ONLY_BOTH, "options": SYSTEMS},
+    "systems, lora": {
+        "batch": 1,
+        "accumulation": 2,
+        "train": "lora",
+        "order": TEXT_ONLY_SECOND,
+        "options": {**SYSTEMS, "hidden_objective": "mse", "gradient_checkpointing": True},
+    },
 }
 
 
@@ -59,7 +74,7 @@ SETUPS = {
     "zero1": ({"zero_stage": 1}, ["plain", "accumulation", "lora"]),
     "zero2": (
         {"zero_stage": 2, "teacher_placement": "offloaded"},
-        ["plain", "accumulation", "lora", *TEXT_CASES],
+        ["plain", "accumulation", "lora", "systems", *TEXT_CASES],
     ),
     "zero3": ({"zero_stage": 3}, ["plain", "accumulation", "recomputation", "lora"]),
     "zero3, sharded teacher": (
@@ -120,7 +135,6 @@ def run_case(case, folder, processes, setup="ddp"):
     samples = TinySamples(16)
     order = chosen.get("order", range(GLOBAL_BATCH * STEPS))
     teacher, student = make_student(chosen.get("train", "everything"))
-    before = trained_weights(student)
     trainer = InOrder(
         model=student,
         teacher=teacher,
@@ -145,6 +159,7 @@ def run_case(case, folder, processes, setup="ddp"):
         data_collator=VisionTextCollator(0),
     )
     assert trainer.args.world_size == processes
+    before = trained_weights(student)
     trainer.train()
     return before, trained_weights(student), trainer
 
