@@ -129,7 +129,7 @@ def run_variant(variant, options):
 
     from cdfast import VisualAttentionAligner
     from cdfast.aligner import build_layout
-    from cdfast.distill import StudentTask, TeacherTask, student_step, teacher_step
+    from cdfast.distill import LossOptions, StudentTask, TeacherTask, student_step, teacher_step
 
     torch.set_num_threads(options.threads)
     teacher, student = models(options)
@@ -151,8 +151,9 @@ def run_variant(variant, options):
             chosen = aligner if variant == "dft" else None
             labels, layout = batch["labels"], batch["layout"]
             inputs = {k: v for k, v in batch.items() if k not in ("labels", "layout")}
-            out = teacher_step(teacher, inputs, TeacherTask(labels, layout, chosen, logits=True))
-            sums = student_step(student, inputs, StudentTask(labels, layout, out, chosen))
+            kl = LossOptions(frozenset({"kl"}))
+            out = teacher_step(teacher, inputs, TeacherTask(labels, layout, chosen, kl))
+            sums = student_step(student, inputs, StudentTask(labels, layout, out, chosen, kl))
             losses = [sums["lm"] / tokens, sums["kl"] / tokens]
             if chosen:
                 losses.append(sums["alignment"] / options.batch)

@@ -146,7 +146,7 @@ class Pair:
                 use_cdfast_attention(model)
 
     def losses(self, variant: str, batch: dict[str, Any]) -> list[torch.Tensor]:
-        from cdfast.distill import StudentTask, TeacherTask, student_step, teacher_step
+        from cdfast.distill import LossOptions, StudentTask, TeacherTask, student_step, teacher_step
 
         # A tensor of its own, as every batch has: the tower's features are kept for the same one.
         batch = {**batch, "pixel_values": batch["pixel_values"].clone()}
@@ -159,8 +159,9 @@ class Pair:
         aligner = self.aligner if variant == "dft" else None
         labels, layout = batch["labels"], batch["layout"]
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "layout")}
-        out = teacher_step(self.teacher, inputs, TeacherTask(labels, layout, aligner, logits=True))
-        sums = student_step(self.student, inputs, StudentTask(labels, layout, out, aligner))
+        kl = LossOptions(frozenset({"kl"}))
+        out = teacher_step(self.teacher, inputs, TeacherTask(labels, layout, aligner, kl))
+        sums = student_step(self.student, inputs, StudentTask(labels, layout, out, aligner, kl))
         rows = (batch["labels"][:, 1:] != -100).sum()
         found = [sums["lm"] / rows, sums["kl"] / rows]
         return [*found, sums["alignment"] / len(batch["labels"])] if aligner else found

@@ -8,15 +8,17 @@ from transformers import TrainingArguments
 
 from cdfast.config import TEACHER_PLACEMENTS, ZERO_STAGES
 from cdfast.engine import stage_of, start_zero, zero_config
+from cdfast.terms import HIDDEN_OBJECTIVES, KL_OBJECTIVES, WEIGHTS
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
     """`transformers.TrainingArguments` with the weights and options of distillation.
 
-    L = lm_weight L_LM + kl_weight L_KL + alignment_weight L_alignment, each a sum over the global
-    step (all ranks, all accumulation steps) divided by its own global count: answer tokens for LM
-    and KL, samples with an image for the alignment.
+    L = lm_weight L_LM + kl_weight L_KL + alignment_weight L_alignment + hidden_weight L_hidden +
+    visual_kl_weight L_visual_KL + relation_weight L_relation, each a sum over the global step (all
+    ranks, all accumulation steps) divided by its own global count: answer tokens for LM, KL and
+    hidden states, visual tokens for the visual KL, samples with an image for the others.
     """
 
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-model loss."})
@@ -25,6 +27,24 @@ class DistillationConfig(TrainingArguments):
     )
     alignment_weight: float = field(
         default=1.0, metadata={"help": "Weight of the visual attention alignment loss."}
+    )
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the last hidden states' distance on answer tokens (LLaVADI)."},
+    )
+    visual_kl_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of KL(teacher || student) on visual tokens (LLaVA-KD)."},
+    )
+    relation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the visual relation loss (LLaVA-KD)."}
+    )
+    kl_objective: str = field(
+        default="kl",
+        metadata={"help": "kl, or soft_ce: soft cross-entropy, of the same gradient (LLaVA-MoD)."},
+    )
+    hidden_objective: str = field(
+        default="cosine", metadata={"help": "Distance of last hidden states: cosine or mse."}
     )
     preset: str = field(
         default="paper", metadata={"help": "Alignment preset: 'paper' or 'official'."}
@@ -102,10 +122,17 @@ class DistillationConfig(TrainingArguments):
                 "gradient_checkpointing_kwargs: expected use_reentrant=False; got True. Reentrant "
                 "checkpointing loses the gradient of the alignment loss."
             )
-        for name in ("lm_weight", "kl_weight", "alignment_weight"):
+        for name in WEIGHTS:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0; got {value}.")
+        for name, allowed in (
+            ("kl_objective", KL_OBJECTIVES),
+            ("hidden_objective", HIDDEN_OBJECTIVES),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: expected {' or '.join(allowed)}; got {value!r}.")
         if self.max_skipped_steps < 1:
             raise ValueError(
                 f"max_skipped_steps: expected at least 1; got {self.max_skipped_steps}."

@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from cdfast.terms import HIDDEN_OBJECTIVES, KL_OBJECTIVES, TEACHER_WEIGHTS, WEIGHTS
 from cdfast.yaml_file import parse_yaml, read_yaml
 
 STAGES = ("pretrain", "sft", "dpt", "dft")
@@ -37,9 +38,10 @@ _TRAINER_TYPES = {
 
 # What each stage trains, and which losses it has unless a recipe says otherwise.
 # Source: paper, training stages; `pretrain` and `sft` are LLaVA's.
+_NO_TEACHER = dict.fromkeys(TEACHER_WEIGHTS, 0.0)
 _STAGE_WEIGHTS = {
-    "pretrain": {"kl_weight": 0.0, "alignment_weight": 0.0},
-    "sft": {"kl_weight": 0.0, "alignment_weight": 0.0},
+    "pretrain": _NO_TEACHER,
+    "sft": _NO_TEACHER,
     "dpt": {"kl_weight": 1.0, "alignment_weight": 0.0},
     "dft": {"kl_weight": 1.0, "alignment_weight": 1.0},
 }
@@ -128,6 +130,20 @@ class StageRecipe:
         "Weight of visual attention alignment; default: 1 in dft.",
         at_least=0,
     )
+    hidden_weight: float = _option(
+        0.0,
+        "Weight of the last hidden states' distance on answer tokens, through a student-to-teacher "
+        "MLP (LLaVADI).",
+        at_least=0,
+    )
+    visual_kl_weight: float = _option(
+        0.0, "Weight of the logit KL on visual tokens (LLaVA-KD).", at_least=0
+    )
+    relation_weight: float = _option(
+        0.0,
+        "Weight of the relation loss: 1 - cos of Y Y^T over visual logits (LLaVA-KD).",
+        at_least=0,
+    )
     turns_mix: list[int] | None = _option(
         None,
         "Embedded data only: turns per scene (list, vqa, loc, rel, verify, ab).",
@@ -144,7 +160,7 @@ class StageRecipe:
 
     @property
     def needs_teacher(self) -> bool:
-        return bool(self.kl_weight or self.alignment_weight)
+        return any(getattr(self, name) for name in TEACHER_WEIGHTS)
 
 
 @dataclass
@@ -190,6 +206,10 @@ class Recipe:
     layer_reduction: str | None = _option(None, "mean or sum over layers; default: the preset's.")
     backend: str = _option("auto", "cdfast_kernels backend of aligned layers.")
     unshifted_kl_mask: bool = _option(False, "Parity with the authors' code: unshifted KL mask.")
+    kl_objective: str = _option(
+        "kl", "kl, or soft_ce: soft cross-entropy, of the same gradient (LLaVA-MoD)."
+    )
+    hidden_objective: str = _option("cosine", "Distance of last hidden states: cosine or mse.")
 
     zero_stage: int = _option(
         0, "ZeRO: 0 nothing sharded (DDP), 1 optimizer, 2 and gradients, 3 and parameters."
@@ -265,6 +285,8 @@ class Recipe:
         _choice("dtype", self.dtype, ("float32", "bfloat16"))
         _choice("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16", "float16"))
         _choice("preset", self.preset, ("paper", "official"))
+        _choice("kl_objective", self.kl_objective, KL_OBJECTIVES)
+        _choice("hidden_objective", self.hidden_objective, HIDDEN_OBJECTIVES)
         _choice("zero_stage", self.zero_stage, ZERO_STAGES)
         _choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
         if self.evaluate is not None:
@@ -284,9 +306,11 @@ class Recipe:
             raise ConfigError("stages: expected at least one; got none. Name them in the recipe.")
         for number, stage in enumerate(self.stages, 1):
             if stage.needs_teacher and not self.teacher:
+                used = [name for name in TEACHER_WEIGHTS if getattr(stage, name)]
+                options = " ".join(f"--{name.replace('_', '-')} 0" for name in used)
                 raise ConfigError(
                     f"teacher: stage {number} ({stage.stage}) distils, so a teacher is expected; "
-                    "got none. Give --teacher PATH, or --kl-weight 0 --alignment-weight 0."
+                    f"got none. Give --teacher PATH, or {options}."
                 )
             if not (stage.data or self.data):
                 raise ConfigError(
@@ -345,10 +369,10 @@ def _check_stage(stage: StageRecipe, where: str) -> None:
             f"max_steps: {where}expected at least 1, or -1 to train by epochs; got 0. Give "
             "--max-steps N, or leave the stage out."
         )
-    if not (stage.lm_weight or stage.kl_weight or stage.alignment_weight):
+    if not any(getattr(stage, name) for name in WEIGHTS):
         raise ConfigError(
-            f"lm_weight, kl_weight, alignment_weight: {where}expected at least one above 0; got 0 "
-            "for all, so nothing would be trained. Give one of them, or leave the stage out."
+            f"{', '.join(WEIGHTS)}: {where}expected at least one above 0; got 0 for all, so "
+            "nothing would be trained. Give one of them, or leave the stage out."
         )
 
 

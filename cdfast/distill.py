@@ -1,15 +1,16 @@
-"""The distillation step: one teacher forward, one student forward, three sums.
+"""The distillation step: one teacher forward, one student forward, one sum per loss.
 
 Losses are computed inside the student's own `forward`, because DDP and ZeRO-3 only prepare
 gradients and gather parameters around the forward of the module they wrap.
 
-Source: CompoDistill: L = L_LM + w_KL L_KL + w_A L_alignment.
+Source: CompoDistill: L = L_LM + w_KL L_KL + w_A L_alignment; the other terms are of the systems it
+is compared with, see losses.py.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -21,9 +22,42 @@ from transformers import PreTrainedModel
 from cdfast.aligner import AlignmentTargets, VisualAttentionAligner
 from cdfast.attention import AlignmentContext
 from cdfast.engine import gathered
-from cdfast.losses import answer_rows, kl_loss_sum, lm_loss_sum, next_labels, unshifted_rows
+from cdfast.hidden_projector import hidden_projector
+from cdfast.losses import (
+    answer_rows,
+    gram_matrix,
+    hidden_loss_sum,
+    kl_loss_sum,
+    lm_loss_sum,
+    next_labels,
+    relation_loss_sum,
+    soft_cross_entropy_sum,
+    unshifted_rows,
+)
 
-LOSS_NAMES = ("lm", "kl", "alignment")
+# Terms that compare last hidden states, or logits made of them, and the rows they are over.
+_ROWS = {"kl": "answer", "hidden": "answer", "visual_kl": "visual", "relation": "visual"}
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Which terms on hidden states and logits a step has beside LM, and how they are computed.
+
+    Attributes:
+        used: of "kl", "hidden", "visual_kl", "relation".
+        kl_objective: "kl", or "soft_ce": soft cross-entropy, the same gradient.
+        hidden_objective: "cosine" or "mse".
+        unshifted_kl_mask: the authors' rows for "kl".
+    """
+
+    used: frozenset[str] = frozenset()
+    kl_objective: str = "kl"
+    hidden_objective: str = "cosine"
+    unshifted_kl_mask: bool = False
+
+    def rows(self, name: str) -> str:
+        """The rows of a term: answer, unshifted or visual."""
+        return "unshifted" if name == "kl" and self.unshifted_kl_mask else _ROWS[name]
 
 
 @dataclass(frozen=True)
@@ -31,7 +65,7 @@ class TeacherOutput:
     """What a student's step needs from the teacher; no gradient."""
 
     targets: AlignmentTargets | None
-    hidden: Tensor | None  # (R, d_t) on KL rows
+    hidden: dict[str, Tensor]  # rows -> (R, d_t) last hidden states on them
     weight: Tensor | None  # (V_t, d_t) output embedding
 
 
@@ -42,8 +76,7 @@ class TeacherTask:
     labels: Tensor
     layout: VisualLayout
     aligner: VisualAttentionAligner | None
-    logits: bool
-    unshifted_kl_mask: bool = False
+    losses: LossOptions
     blank_image: bool = False  # run the vision modules in a batch without images too
     output: TeacherOutput | None = None
 
@@ -60,40 +93,45 @@ class StudentTask:
     layout: VisualLayout
     teacher: TeacherOutput | None
     aligner: VisualAttentionAligner | None
-    unshifted_kl_mask: bool = False
+    losses: LossOptions
     blank_image: bool = False  # run the vision modules in a batch without images too
+    # Gram matrices of frozen output embeddings, by role: kept from step to step by the caller.
+    grams: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, student: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
         return student_step(student, inputs, self)
 
 
-def kl_rows(labels: Tensor, unshifted: bool) -> Tensor:
-    """(B, N) bool: rows on which the logits are distilled."""
-    return unshifted_rows(labels) if unshifted else answer_rows(labels)
+def loss_rows(rows: str, labels: Tensor, layout: VisualLayout) -> Tensor:
+    """(B, N) bool: the rows that are called answer, unshifted or visual."""
+    if rows == "visual":
+        return layout.visual
+    return unshifted_rows(labels) if rows == "unshifted" else answer_rows(labels)
 
 
 @torch.no_grad()
 def teacher_step(
     teacher: PreTrainedModel, inputs: dict[str, Any], task: TeacherTask
 ) -> TeacherOutput:
-    """Run the teacher and keep answer rows and alignment targets only."""
+    """Run the teacher and keep the rows that losses are over and alignment targets only."""
     aligner = task.aligner
     context = aligner.teacher_context(task.layout) if aligner else AlignmentContext(task.layout)
     hidden = _hidden_states(teacher, inputs, context, task.blank_image)
+    kinds = sorted({task.losses.rows(name) for name in task.losses.used})
+    logits = task.losses.used - {"hidden"}
     return TeacherOutput(
         targets=aligner.targets(context) if aligner else None,
-        hidden=hidden[kl_rows(task.labels, task.unshifted_kl_mask)] if task.logits else None,
-        weight=_output_embedding(teacher).weight if task.logits else None,
+        hidden={kind: hidden[loss_rows(kind, task.labels, task.layout)] for kind in kinds},
+        weight=_output_embedding(teacher).weight if logits else None,
     )
 
 
 def student_step(
     student: PreTrainedModel, inputs: dict[str, Any], task: StudentTask
 ) -> dict[str, Tensor]:
-    """Run the student and return the sums {"lm", "kl", "alignment"} over this batch.
+    """Run the student and return the sums over this batch by name of the term (terms.py).
 
-    `lm` and `kl` are sums over answer tokens, `alignment` over samples with an image; each is
-    divided by its own global count in the trainer.
+    Each is divided by its own global count in the trainer.
     """
     teacher = task.teacher
     targets = teacher.targets if teacher else None
@@ -102,9 +140,14 @@ def student_step(
     else:
         context = AlignmentContext(task.layout)
     hidden = _hidden_states(student, inputs, context, task.blank_image)
-    sums = _answer_losses(student, hidden, task)
+    sums = _logit_losses(student, hidden, task)
     if task.aligner and targets:
         sums["alignment"] = task.aligner.alignment(context).sum
+    if teacher and "hidden" in task.losses.used:
+        rows = loss_rows("answer", task.labels, task.layout)
+        projected = hidden_projector(student)(hidden[rows])
+        objective = task.losses.hidden_objective
+        sums["hidden"] = hidden_loss_sum(projected, teacher.hidden["answer"], objective)
     if "pixel_values" not in inputs and not task.blank_image:
         # DDP waits for a gradient of every trainable parameter, the unused projector's too.
         sums["lm"] = sums["lm"] + 0.0 * sum(
@@ -113,10 +156,8 @@ def student_step(
     return sums
 
 
-def _answer_losses(
-    student: PreTrainedModel, hidden: Tensor, task: StudentTask
-) -> dict[str, Tensor]:
-    """The sums "lm" and "kl", computed as the forward of the output embedding.
+def _logit_losses(student: PreTrainedModel, hidden: Tensor, task: StudentTask) -> dict[str, Tensor]:
+    """The sums over logits, computed as the forward of the output embedding.
 
     ZeRO-3 has a weight whole only around the forward and the backward of the module that owns it.
     """
@@ -126,10 +167,9 @@ def _answer_losses(
 
     def losses(hidden: Tensor) -> dict[str, Tensor]:
         sums = {"lm": lm_loss_sum(hidden[rows], head.weight, labels)}
-        if teacher and teacher.hidden is not None and teacher.weight is not None:
-            chosen = hidden[kl_rows(task.labels, task.unshifted_kl_mask)]
+        if teacher and teacher.weight is not None:
             with gathered([teacher.weight]):
-                sums["kl"] = kl_loss_sum(chosen, head.weight, teacher.hidden, teacher.weight)
+                sums |= _teacher_logit_losses(hidden, head.weight, teacher, teacher.weight, task)
         return sums
 
     stock = head.__dict__.get("forward")
@@ -140,6 +180,43 @@ def _answer_losses(
         del head.forward
         if stock is not None:
             head.forward = stock
+
+
+def _teacher_logit_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: TeacherOutput,
+    teacher_weight: Tensor,
+    task: StudentTask,
+) -> dict[str, Tensor]:
+    """The sums "kl", "visual_kl" and "relation", as far as they are used; both weights whole."""
+    losses, sums = task.losses, dict[str, Tensor]()
+    for name in ("kl", "visual_kl"):
+        if name in losses.used:
+            soft = name == "kl" and losses.kl_objective == "soft_ce"
+            divergence = soft_cross_entropy_sum if soft else kl_loss_sum
+            kind = losses.rows(name)
+            chosen = hidden[loss_rows(kind, task.labels, task.layout)]
+            sums[name] = divergence(chosen, weight, teacher.hidden[kind], teacher_weight)
+    if "relation" in losses.used:
+        shared = min(len(weight), len(teacher_weight))
+        sums["relation"] = relation_loss_sum(
+            hidden[task.layout.visual],
+            _gram("student", weight, shared, task.grams),
+            teacher.hidden["visual"],
+            _gram("teacher", teacher_weight, shared, task.grams),
+            task.layout.visual.sum(1).tolist(),
+        )
+    return sums
+
+
+def _gram(role: str, weight: Tensor, vocabulary: int, kept: dict[str, Tensor]) -> Tensor:
+    """W^T W, made once if W is frozen."""
+    if weight.requires_grad:
+        return gram_matrix(weight, vocabulary)
+    if role not in kept:
+        kept[role] = gram_matrix(weight.detach(), vocabulary)
+    return kept[role]
 
 
 def _hidden_states(

@@ -25,6 +25,7 @@ from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
 from cdfast.stages import Run, check_options
+from cdfast.terms import OWN, TERMS
 
 
 def _sized_config(sizes: dict[str, Any]) -> PreTrainedConfig:
@@ -149,7 +150,9 @@ def dry_run(recipe: Recipe) -> None:
             f"student <- teacher: {pairs or 'by calibration'}"
         )
     table = Table(title="stages")
-    for name in ("stage", "trained parameters", "LM", "KL", "alignment", "batch", "rate", "data"):
+    terms = [t for t in TERMS if t.name in OWN or any(getattr(s, t.weight) for s in recipe.stages)]
+    names = ("stage", "trained parameters", *(t.label for t in terms), "batch", "rate", "data")
+    for name in names:
         table.add_column(name)
     for stage in recipe.stages:
         full = stage.stage not in PROJECTOR_ONLY
@@ -159,9 +162,7 @@ def dry_run(recipe: Recipe) -> None:
         table.add_row(
             stage.stage,
             trained + (f" + LoRA r{recipe.lora_r}" if full and stage.lora else ""),
-            f"{stage.lm_weight:g}",
-            f"{stage.kl_weight:g}",
-            f"{stage.alignment_weight:g}",
+            *(f"{getattr(stage, term.weight):g}" for term in terms),
             f"{stage.batch_size} x {stage.gradient_accumulation_steps} per process",
             f"{stage.learning_rate:g}",
             ", ".join(

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cdfast.checkpoint import verify
 from cdfast.engine import unsharded_loading
+from cdfast.hidden_projector import split_state
 from cdfast.storage import CheckpointError, staged_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,6 +85,7 @@ def write_student(
         base: the student before training, into which LoRA adapters are merged.
         options: for from_pretrained of `base`.
     """
+    state, _ = split_state(state)
     if not hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder, state_dict=state)
         return

@@ -1,16 +1,22 @@
-"""Language-model and logit losses on answer rows, as sums: the trainer divides by global counts.
+"""Language-model, logit, hidden-state and relation losses, as sums: the trainer divides by counts.
 
-All take the hidden states of answer rows only, gathered before the vocabulary projection, so no
-logits of prompt or padding rows are ever computed.
+All take the hidden states of the rows they are over, gathered before the vocabulary projection, so
+no logits of other rows are ever computed. Those that are computed in float32 take float64 as it is.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+# Rows of teacher logits, and of the output embedding in float32, that are held at once.
+_ENTROPY_ROWS = 256
+_GRAM_ROWS = 8192
 
 
 def answer_rows(labels: Tensor) -> Tensor:
@@ -93,3 +99,146 @@ def kl_loss_sum(
         no_labels,
     )
     return mean * rows  # it divides by the local row count; the trainer divides by the global one
+
+
+def soft_cross_entropy_sum(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+) -> Tensor:
+    """Sum over rows of -sum_v p_teacher(v) log p_student(v) = KL(teacher || student) + H(teacher).
+
+    The teacher's entropy H is a constant, so the gradient is that of `kl_loss_sum`, which makes it;
+    only the value differs. The entropy costs one more projection of the teacher's rows.
+
+    Args and Returns: see `kl_loss_sum`.
+
+    Source: LLaVA-MoD, mimic distillation.
+    """
+    entropy = teacher_hidden.new_zeros((), dtype=_wide(student_hidden).dtype)
+    shared = min(student_weight.shape[0], teacher_weight.shape[0])
+    with torch.no_grad():
+        weight = teacher_weight[:shared].to(student_hidden.dtype)
+        for rows in teacher_hidden.to(student_hidden.dtype).split(_ENTROPY_ROWS):
+            log_p = _wide(F.linear(rows, weight)).log_softmax(-1)
+            entropy -= (log_p.exp() * log_p).sum()
+    return kl_loss_sum(student_hidden, student_weight, teacher_hidden, teacher_weight) + entropy
+
+
+def hidden_loss_sum(projected: Tensor, teacher_hidden: Tensor, objective: str = "cosine") -> Tensor:
+    """Sum over rows of 1 - cos(f(h_s), h_t), or of the mean over the width of (f(h_s) - h_t)^2.
+
+    Args:
+        projected: (R, d_t) f(h_s), the student's last hidden states after a student-to-teacher MLP.
+        teacher_hidden: (R, d_t), without gradient.
+        objective: "cosine" or "mse".
+
+    Returns:
+        Scalar, float32 at least; 0 for R = 0 but connected to the graph.
+
+    Source: LLaVADI (arXiv 2407.19409), alignment of the last hidden state.
+    """
+    student, teacher = _wide(projected), _wide(teacher_hidden)
+    if objective == "mse":
+        return (student - teacher).square().mean(-1).sum()
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum()
+
+
+def gram_matrix(weight: Tensor, vocabulary: int) -> Tensor:
+    """G = W^T W over the first `vocabulary` rows of W, summed in float32 at least.
+
+    Args:
+        weight: (V, d) output embedding, any floating dtype.
+        vocabulary: rows that count: those that student and teacher share.
+
+    Returns:
+        (d, d), float32, or float64 if `weight` is.
+    """
+    return _Gram.apply(weight, vocabulary)
+
+
+class _Gram(torch.autograd.Function):
+    """W^T W with dL/dW = W (dL/dG + dL/dG^T).
+
+    Autograd would make one product of V d^2 for each of the two factors, and keep a float32 copy of
+    W for them (1.2 GiB for 151,936 x 2048); here it is one, a chunk of rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, vocabulary: int) -> Tensor:
+        # The parameter itself, not a slice of it: ZeRO-3 has it whole again in the backward.
+        ctx.save_for_backward(weight)
+        ctx.vocabulary = vocabulary
+        width = weight.shape[1]
+        gram = weight.new_zeros(width, width, dtype=_wide(weight[:0]).dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            for rows in weight[:vocabulary].split(_GRAM_ROWS):
+                gram.addmm_(_wide(rows).T, _wide(rows))
+        return gram
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        grad, out = grad + grad.T, torch.zeros_like(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            for rows, filled in zip(weight.split(_GRAM_ROWS), out.split(_GRAM_ROWS)):
+                filled.copy_(_wide(rows) @ grad)
+        out[ctx.vocabulary :] = 0
+        return out, None
+
+
+def relation_loss_sum(
+    student_hidden: Tensor,
+    student_gram: Tensor,
+    teacher_hidden: Tensor,
+    teacher_gram: Tensor,
+    sizes: Sequence[int],
+) -> Tensor:
+    """Sum over samples with an image of 1 - cos(R_s, R_t), R = Y Y^T over visual logits.
+
+    Y = H W^T (N_v, V) are the logits at the visual tokens of one sample, so R (N_v, N_v) says how
+    alike two visual tokens are; the cosine is that of all N_v^2 entries. No logit is computed:
+
+        R = H W^T W H^T = H G H^T,  G = W^T W  (see `gram_matrix`)
+
+    Multiply-adds for B samples, forward: V d^2 + B (N_v d^2 + N_v^2 d), against B (N_v V d +
+    N_v^2 V) through the logits, in vocabulary chunks or not. For N_v = 729, V = 151,936, d = 2048
+    and B = 16: 0.70e12 against 4.9e12; the backward about as much again, against twice as much and
+    the logits once more. At B = 2 they are about equal. G of a frozen output embedding (the
+    teacher's; the student's with LoRA) is the same in every step, so that its V d^2 are paid once.
+    Memory: d^2 for G and 2 N_v^2 + N_v d numbers per sample, against N_v times a vocabulary chunk.
+
+    Everything is in float32: with half-precision H and W the error is theirs from rounding, while
+    logits and R in bfloat16 would be off by 2^-9 each.
+
+    Args:
+        student_hidden: (R, d_s) at visual tokens, sample by sample.
+        student_gram: (d_s, d_s).
+        teacher_hidden: (R, d_t); teacher_gram: (d_t, d_t), both without gradient. Both Gram
+            matrices are over the vocabulary's shared leading part.
+        sizes: visual tokens of each sample, their sum is R; samples without any count nothing.
+
+    Returns:
+        Scalar, float32 at least; 0 where there is no image but connected to the graph.
+
+    Source: LLaVA-KD (arXiv 2410.16236), relation distillation.
+    """
+    total = 0.0 * (_wide(student_hidden[:0]).sum() + student_gram[:0].sum())
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        for h_s, h_t in zip(student_hidden.split(list(sizes)), teacher_hidden.split(list(sizes))):
+            if len(h_s):
+                r_s, r_t = (_relation(h, g) for h, g in ((h_s, student_gram), (h_t, teacher_gram)))
+                total = total + 1 - F.cosine_similarity(r_s, r_t, dim=0)
+    return total
+
+
+def _relation(hidden: Tensor, gram: Tensor) -> Tensor:
+    """(N_v^2,) entries of H G H^T."""
+    hidden = _wide(hidden)
+    return (hidden @ gram @ hidden.T).flatten()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

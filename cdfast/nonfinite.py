@@ -186,8 +186,7 @@ class _NanGradient(torch.autograd.Function):
 
 
 def _teacher_tensors(teacher: TeacherOutput) -> Iterable[Tensor]:
-    if teacher.hidden is not None:
-        yield teacher.hidden
+    yield from teacher.hidden.values()
     if teacher.targets is not None:
         # A map that keeps its inputs would be made anew; the alignment loss shows its NaN.
         yield from (m.data for m in teacher.targets.maps.values() if not m.inputs)

@@ -23,6 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
+from cdfast.terms import TERMS
+
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 TEACHER_COLOUR = "#767676"
@@ -30,7 +32,7 @@ EVALUATION_SCALES = {
     "eval_loss_lm": "held-out LM loss\n(nats per answer token)",
     "eval_similarity/mean": "attention similarity\n(mean cosine)",
 }
-LOSSES = {"loss_lm": "LM loss", "loss_kl": "KL loss", "loss_alignment": "alignment loss"}
+LOSSES = {term.logged: f"{term.label} loss" for term in TERMS}
 # A log scale where the largest value is at least this many times the smallest.
 LOG_SCALE_FROM = 5
 # Heat maps of at most this many cells, and figures of this many bars, carry their values as text.
@@ -148,7 +150,7 @@ def loss_figure(
     name: str,
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
     stages: Sequence[tuple[int, str]],
-    alignment_unit: str,
+    units: Mapping[str, str],
     label: str,
 ) -> str:
     """One panel per loss over the steps of all stages, one line per run.
@@ -157,7 +159,7 @@ def loss_figure(
         name: prefix of the ids.
         runs: run -> log entries, with their `total_step` over all stages.
         stages: (first step, label) of the main run's stages.
-        alignment_unit: what the alignment loss measures.
+        units: of each loss, by its name in the log.
         label: the figure in words.
     """
     present = [
@@ -189,8 +191,7 @@ def loss_figure(
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
                 ax.yaxis.set_minor_formatter("")
             ax.yaxis.set_major_formatter("{x:g}")
-            unit = alignment_unit if loss == "loss_alignment" else "nats per answer token"
-            ax.set_ylabel("\n".join([LOSSES[loss], *f"({unit})".split(", ")]))
+            ax.set_ylabel("\n".join([LOSSES[loss], *f"({units[loss]})".split(", ")]))
             ax.grid(color="#dddddd")
         _over_steps(figure, axes, stages, "Training losses")
         return _svg(figure, name, label)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cdfast.curves import evaluation_section
 from cdfast.page import MISSING, details, figure, fixed, general, listed, option, page, table, text
+from cdfast.terms import OWN, TERMS
 
 REPORT_FILE = "report.html"
 STUDENT, TEACHER = "student", "teacher"
@@ -229,31 +230,44 @@ def _losses(results: Results) -> str:
     ):
         return ""
     main = next(iter(results.values()))
-    recipe = main.get("recipe", {})
-    unit = _ALIGNMENT_UNITS.get(recipe.get("objective") or "", "1 − cosine")
-    if (recipe.get("layer_reduction") or recipe.get("preset")) in ("sum", "official"):
-        unit += ", sum over layers"
-    fields = [*LOSSES, "loss", "learning_rate", "grad_norm"]
+    logged = {field for log in logs.values() for entry in log for field in entry}
+    logged |= {f"loss_{name}" for name in OWN}
+    shown = {name: label for name, label in LOSSES.items() if name in logged}
+    fields = [*shown, "loss", "learning_rate", "grad_norm"]
     every = max(math.ceil(len(log) / LOG_ROWS) for log in logs.values())
     rows = [
         [name, str(e["total_step"]), e["stage"], *(general(e.get(field)) for field in fields)]
         for name, log in logs.items()
         for e in log[::every]
     ]
-    heading = ["run", "step", "stage", *LOSSES.values(), "weighted sum", "learning rate"]
+    heading = ["run", "step", "stage", *shown.values(), "weighted sum", "learning rate"]
     caption = f"Losses, one entry in {every}; all: results.json" if every > 1 else "Losses"
     last = "; ".join(
-        f"{name}: " + ", ".join(f"{LOSSES[k]} {general(log[-1].get(k))}" for k in LOSSES)
+        f"{name}: " + ", ".join(f"{shown[k]} {general(log[-1].get(k))}" for k in shown)
         for name, log in logs.items()
     )
     return figure(
         loss_figure(
-            "losses", logs, stage_starts(main), unit, f"Training losses. At the end {last}"
+            "losses",
+            logs,
+            stage_starts(main),
+            _loss_units(main.get("recipe", {})),
+            f"Training losses. At the end {last}",
         ),
         "Each loss before its weight, mean over the steps since the entry before. Dotted lines: a "
         f"stage {'of the main run ' if len(results) > 1 else ''}begins.",
         table(caption, [*heading, "gradient norm"], rows),
     )
+
+
+def _loss_units(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Log entry of each loss -> what it is measured in."""
+    alignment = _ALIGNMENT_UNITS.get(recipe.get("objective") or "", "1 − cosine")
+    if (recipe.get("layer_reduction") or recipe.get("preset")) in ("sum", "official"):
+        alignment += ", sum over layers"
+    mse = recipe.get("hidden_objective") == "mse"
+    own = {"alignment": alignment, "hidden": "mean squared error" if mse else "1 − cosine"}
+    return {term.logged: term.unit or own[term.name] for term in TERMS}
 
 
 def _similarity(results: Results) -> str:
@@ -313,6 +327,7 @@ def _setup(name: str, run: Run) -> str:
     recipe, environment = run.get("recipe", {}), run.get("environment", {})
     stages, settings = run.get("stages", []), recipe.get("stages", [])
     settings = [*settings, *({} for _ in stages)]
+    weighted = [t for t in TERMS if t.name in OWN or any(s.get(t.weight) for s in settings)]
     rows = [
         [
             f"{index + 1} {stage.get('stage')}",
@@ -320,7 +335,7 @@ def _setup(name: str, run: Run) -> str:
             fixed(stage.get("seconds"), 1),
             f"{s.get('batch_size', MISSING)} × {s.get('gradient_accumulation_steps', MISSING)}",
             *(general(s.get(f"{prefix}learning_rate")) for prefix in ("", "muon_")),
-            *(general(s.get(f"{loss}_weight")) for loss in ("lm", "kl", "alignment")),
+            *(general(s.get(term.weight)) for term in weighted),
             "; ".join(f"{k} ← {listed(v)}" for k, v in (stage.get("matches") or {}).items()),
             listed(f"{k}: {v}" for k, v in (stage.get("skipped") or {}).items()),
         ]
@@ -329,10 +344,9 @@ def _setup(name: str, run: Run) -> str:
     heading = ["stage", "steps", "time (s)", "batch × accumulation", "learning rate"]
     heading += [
         "Muon rate",
-        "LM weight",
-        "KL weight",
-        "alignment weight",
+        *(f"{term.label} weight" for term in weighted),
         "student ← teacher layers",
+        "skipped records",
     ]
     peak = environment.get("peak_memory_bytes")
     facts = {key: environment.get(key) for key in ("command", "device", "processes", "threads")}
@@ -345,7 +359,7 @@ def _setup(name: str, run: Run) -> str:
     known = [[key, str(value)] for key, value in facts.items() if value is not None]
     return (
         f"<h3>{text(name)}</h3>"
-        + (table("Stages", [*heading, "skipped records"], rows, left=(9,)) if rows else "")
+        + (table("Stages", heading, rows, left=(6 + len(weighted),)) if rows else "")
         + _throughput(stages)
         + table("Environment", ["what", "value"], known, left=(1,))
         + details("Resolved recipe", f"<pre>{text(json.dumps(recipe, indent=1))}</pre>")

@@ -22,6 +22,7 @@ from cdfast.checkpoint import (
     verify,
 )
 from cdfast.engine import full_state_dict
+from cdfast.hidden_projector import has_hidden_projector, save_hidden_projector, split_state
 from cdfast.manifest import PREFIX
 from cdfast.storage import (
     STAGING,
@@ -96,10 +97,16 @@ class ResumableTrainer(Trainer):
         together(lambda: self._save(output_dir, state_dict=state), Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        projector: dict[str, Any] = {}
+        model = cast(nn.Module, self.model)
+        if self.args.should_save and has_hidden_projector(model):
+            state = full_state_dict(model) if state_dict is None else state_dict
+            state_dict, projector = split_state(state or {})
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
+        save_hidden_projector(projector, folder)
         # A pickle that nothing reads.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self.aligner is not None:

@@ -30,6 +30,7 @@ from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import check_models, load_config, load_model, teacher_source
 from cdfast.probes import Probe, matched_layers, probe_questions, samples_with_image
 from cdfast.storage import staged_folder, together, write_text
+from cdfast.terms import TERMS, WEIGHTS
 
 STAGE_FILE = "stage.json"
 # Trainer settings that a recipe's `arguments` may change.
@@ -273,9 +274,7 @@ def stage_arguments(run: Run, number: int) -> Any:
         "warmup_steps": stage.warmup,
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
-        "lm_weight": stage.lm_weight,
-        "kl_weight": stage.kl_weight,
-        "alignment_weight": stage.alignment_weight,
+        **{name: getattr(stage, name) for name in WEIGHTS},
         **{
             name: getattr(recipe, name)
             for name in (
@@ -286,6 +285,8 @@ def stage_arguments(run: Run, number: int) -> Any:
                 "layer_reduction",
                 "backend",
                 "unshifted_kl_mask",
+                "kl_objective",
+                "hidden_objective",
                 "zero_stage",
                 "teacher_placement",
                 "offload_optimizer",
@@ -440,8 +441,9 @@ def _matches_as_json(aligner: Any) -> dict[str, list[int]] | None:
 
 def _describe(student: Any, stage: StageRecipe, matches: Any) -> str:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = f"LM {stage.lm_weight:g} + KL {stage.kl_weight:g}"
-    text = f"{trained:,} trained parameters; {weights} + alignment {stage.alignment_weight:g}"
+    used = [(term.label, getattr(stage, term.weight)) for term in TERMS]
+    weights = " + ".join(f"{label} {weight:g}" for label, weight in used if weight)
+    text = f"{trained:,} trained parameters; {weights}"
     if matches:
         pairs = "; ".join(f"{s} <- {','.join(map(str, t))}" for s, t in matches.items())
         text += f"; student layer <- teacher layers: {pairs}"

@@ -1,8 +1,10 @@
-"""DistillationTrainer: transformers.Trainer whose loss is LM + KL + visual attention alignment."""
+"""DistillationTrainer: transformers.Trainer whose loss is LM + KL + visual attention alignment, or
+another sum of the terms in terms.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +15,16 @@ from transformers import PreTrainedModel, TrainerCallback
 from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
 from cdfast.arguments import DistillationConfig
 from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
-from cdfast.distill import LOSS_NAMES, StudentTask, TeacherTask, add_task, kl_rows
+from cdfast.distill import LossOptions, StudentTask, TeacherTask, add_task, loss_rows
 from cdfast.engine import is_sharded, place_teacher, require_stage
-from cdfast.losses import answer_rows
+from cdfast.hidden_projector import add_hidden_projector, load_hidden_projector, split_state
 from cdfast.metrics import Throughput, ThroughputCallback, shorten_progress
 from cdfast.nonfinite import LOG_KEY, NonFiniteSteps
 from cdfast.optim import muon_with_adamw
 from cdfast.probes import undisturbed
 from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
+from cdfast.terms import ANSWER_ROWS, IMAGE_SAMPLES, LOSS_NAMES, TEACHER_WEIGHTS, TERMS, VISUAL_ROWS
 from cdfast.watch import note
 
 
@@ -65,8 +68,8 @@ class DistillationTrainer(ResumableTrainer):
     Args:
         model: student, a Hugging Face vision-language model or a PEFT model around one.
         teacher: teacher model on the same tokenizer and visual tokens, or the `teacher` of an
-            earlier trainer; None trains with the LM loss alone (then kl_weight and
-            alignment_weight must be 0).
+            earlier trainer; None trains with the LM loss alone (then the weights of the other
+            losses must be 0).
         aligner: an aligner of your own; by default made from the options of `args`.
         args: `DistillationConfig`.
         probe: measures the student in each evaluation, see `cdfast.probes.Probe`: called on every
@@ -77,6 +80,9 @@ class DistillationTrainer(ResumableTrainer):
 
     Where both models have the same frozen vision encoder, `cdfast.adapters.share_vision_tower`
     before this makes it run once per batch.
+
+    With hidden_weight > 0 the student gets a submodule (hidden_projector.py) that what this trainer
+    saves as a model leaves out.
 
     Raises:
         ValueError: a weight that needs a teacher without one; a model that cannot be aligned.
@@ -104,7 +110,7 @@ class DistillationTrainer(ResumableTrainer):
                 "compute_metrics: expected None, because evaluation computes losses and no logits; "
                 "got a function. Evaluate answers with probe=cdfast.probes.Probe(...)."
             )
-        wanted = [n for n in ("kl_weight", "alignment_weight") if getattr(args, n) > 0]
+        wanted = [n for n in TEACHER_WEIGHTS if getattr(args, n) > 0]
         if wanted and teacher is None:
             raise ValueError(
                 f"teacher: expected a model, because {' and '.join(wanted)} > 0; got None. Give a "
@@ -117,6 +123,9 @@ class DistillationTrainer(ResumableTrainer):
             teacher_model.requires_grad_(False).eval()
             use_cdfast_attention(teacher_model)
             add_task(teacher_model)
+            if args.hidden_weight > 0:
+                width = teacher_model.config.get_text_config(decoder=True).hidden_size
+                add_hidden_projector(student, width, args.seed)
             if args.alignment_weight > 0 and aligner is None:
                 aligner = VisualAttentionAligner(
                     teacher_model,
@@ -129,6 +138,13 @@ class DistillationTrainer(ResumableTrainer):
                     backend=args.backend,
                 )
         self.aligner = aligner if args.alignment_weight > 0 else None
+        self.losses = LossOptions(
+            frozenset(n.removesuffix("_weight") for n in wanted) - {"alignment"},
+            kl_objective=args.kl_objective,
+            hidden_objective=args.hidden_objective,
+            unshifted_kl_mask=args.unshifted_kl_mask,
+        )
+        self._grams: dict[str, Tensor] = {}
         self.probe = probe
         add_task(student)
         collator = LayoutCollator(data_collator, image_token_id(student))
@@ -164,7 +180,7 @@ class DistillationTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The batches of one global step and its counts over all ranks: (lm, kl, alignment)."""
+        """The batches of one global step and its counts over all ranks, in the order of TERMS."""
         note(step=self.state.global_step + 1, phase="data")
         self.throughput.begin_step()
         self._sums_before_step = dict(self._sums_since_log)
@@ -180,18 +196,21 @@ class DistillationTrainer(ResumableTrainer):
             self.throughput.end_step()
             return batches, None
         each = [self._counts(batch) for batch in batches]
-        for batch, (lm, kl, _) in zip(batches, each):
+        for batch, (lm, kl, *_) in zip(batches, each):
             self.throughput.count(batch, lm, kl)
         counts = torch.stack(each).sum(0).to(device)
         return batches, self.accelerator.gather(counts).view(-1, len(LOSS_NAMES)).sum(0)
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
-        labels = batch["labels"]
-        tokens = answer_rows(labels).sum()
-        logits = kl_rows(labels, self.args.unshifted_kl_mask).sum()
+        """(len(TERMS),) what each term's sum over this batch is a sum over."""
+        labels, layout = batch["labels"], batch["layout"]
+        answers, visual = (loss_rows(kind, labels, layout).sum() for kind in ("answer", "visual"))
         # new_full, not new_tensor, which would wait for the device.
-        images = tokens.new_full((), batch["layout"].num_image_samples)
-        return torch.stack([tokens, logits, images])
+        images = answers.new_full((), layout.num_image_samples)
+        counts = {ANSWER_ROWS: answers, VISUAL_ROWS: visual, IMAGE_SAMPLES: images}
+        found = {term.name: counts[term.counted] for term in TERMS}
+        found["kl"] = loss_rows(self.losses.rows("kl"), labels, layout).sum()
+        return torch.stack([found[name] for name in LOSS_NAMES])
 
     def compute_loss(
         self,
@@ -213,19 +232,17 @@ class DistillationTrainer(ResumableTrainer):
         aligner = self._calibrated_aligner(inputs)
         given = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
         common = (inputs["labels"], inputs["layout"])
-        unshifted = self.args.unshifted_kl_mask
         teacher = None
         if self.teacher is not None:
             self._begin("teacher", training)
             sharded = self.args.teacher_placement != "replicated"
-            logits = self.args.kl_weight > 0
-            asked = TeacherTask(*common, aligner, logits, unshifted, blank_image=sharded)
+            asked = TeacherTask(*common, aligner, self.losses, blank_image=sharded)
             with torch.no_grad():
                 self.teacher(**given, task=asked)
             teacher = asked.output
         self._begin("student", training)
         zero = self.args.zero_stage > 0
-        task = StudentTask(*common, teacher, aligner, unshifted, blank_image=zero)
+        task = StudentTask(*common, teacher, aligner, self.losses, zero, self._grams)
         sums: dict[str, Tensor] = model(**given, task=task)
         means = {
             name: sums[name].float() / counts[i].clamp_min(1)
@@ -299,7 +316,7 @@ class DistillationTrainer(ResumableTrainer):
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds loss_lm, loss_kl, loss_alignment: unweighted means over the steps since the last.
+        """Adds loss_<name> of each term used: unweighted means over the steps since the last.
 
         Skipped steps are in no mean, and counted in skipped_steps.
         """
@@ -362,7 +379,8 @@ class DistillationTrainer(ResumableTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = dict(zip(LOSS_NAMES, (totals[0] / totals[1].clamp_min(1)).tolist()))
         weights = {n: getattr(self.args, f"{n}_weight") for n in LOSS_NAMES}
-        used = ["lm", *(n for n in ("kl", "alignment") if self.teacher and weights[n] > 0)]
+        distilled = [t.name for t in TERMS if t.needs_teacher and self.teacher]
+        used = ["lm", *(name for name in distilled if weights[name] > 0)]
         losses = {f"{prefix}_loss": sum(weights[n] * means[n] for n in used)}
         losses |= {f"{prefix}_loss_{n}": means[n] for n in used}
         if self.probe is not None and prefix.startswith("eval"):
@@ -375,6 +393,7 @@ class DistillationTrainer(ResumableTrainer):
             _load_weights(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_hidden_projector(unwrap_model(model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         best, model = self.state.best_model_checkpoint, self.model
@@ -383,6 +402,8 @@ class DistillationTrainer(ResumableTrainer):
             _load_weights(model, best)
         else:
             super()._load_best_model()
+        if best and not sharded and model is not None:
+            load_hidden_projector(unwrap_model(model), Path(best))
 
 
 def _load_weights(model: PreTrainedModel, checkpoint: str) -> None:
@@ -393,7 +414,8 @@ def _load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     nothing and go on; from_pretrained translates the names.
     """
     saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+    _, kept = split_state(model.state_dict())
+    model.load_state_dict({**saved.state_dict(), **kept})
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:

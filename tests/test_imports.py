@@ -84,9 +84,9 @@ def test_trainer_modules_import_in_one_direction():
     assert [name for name in order if name in chain] == chain
 
 
-@pytest.mark.parametrize("name", ["matching", "losses", "modeling_cdfast_llava", "config"])
+@pytest.mark.parametrize("name", ["matching", "losses", "modeling_cdfast_llava", "config", "terms"])
 def test_leaves_import_nothing_of_the_trainer(name):
-    assert trainer_graph()[name] <= {"yaml_file"}
+    assert trainer_graph()[name] <= {"yaml_file", "terms"}
 
 
 def test_the_file_that_travels_with_checkpoints_needs_torch_and_transformers_only():

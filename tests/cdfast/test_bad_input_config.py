@@ -85,7 +85,7 @@ OPTIONS = {
     "resume and overwrite": (["--resume", "--overwrite"], "--resume, --overwrite: expected one"),
     "nothing to train": (
         ["--lm-weight", "0", "--kl-weight", "0", "--alignment-weight", "0"],
-        r"lm_weight, kl_weight, alignment_weight: stage 1 \(dpt\): .*leave the stage out",
+        r"lm_weight, kl_weight, alignment_weight, .*: stage 1 \(dpt\): .*leave the stage out",
     ),
     "a stage option by its Trainer name": (
         ["--per-device-train-batch-size", "0"],
