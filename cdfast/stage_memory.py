@@ -127,7 +127,8 @@ def footprint(
     autocast = zero_stage == 0 and held > compute
     config = models.student.config
     shape = TextShape.of(config)
-    tokens = stage.batch_size * recipe.max_length
+    rows = stage.batch_size * (2 if stage.pairs else 1)
+    tokens = rows * recipe.max_length
     visual = min(config.image_seq_length, recipe.max_length)
     tower = _tower(models.student) if models.shared_tower else None
     states = model_states(
@@ -142,7 +143,7 @@ def footprint(
     teacher_size = _itemsize(recipe.teacher_dtype)
     tower_size = max(wide, teacher_size) if models.shared_tower else held
     tower_bytes = 0 if tower is None else tower_size * sum(p.numel() for p in tower.parameters())
-    features = tower_features(config.vision_config, stage.batch_size, tower_size)
+    features = tower_features(config.vision_config, rows, tower_size)
     kept = activations(
         shape,
         models.training,
@@ -157,8 +158,8 @@ def footprint(
     teacher_shape = TextShape.of(models.teacher.config) if models.teacher is not None else None
     logits = logits_chunk(
         shape,
-        teacher_shape if stage.kl_weight else None,
-        rows=stage.batch_size * (recipe.max_length - visual),
+        teacher_shape if stage.kl_weight or stage.pairs else None,
+        rows=rows * (recipe.max_length - visual),
         itemsize=held if autocast else compute,
         teacher_itemsize=teacher_size,
         head_trained=models.training.what == "all",

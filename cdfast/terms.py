@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 # What a term is a mean over, counted over the whole global step.
 ANSWER_ROWS, VISUAL_ROWS, IMAGE_SAMPLES = "answer rows", "visual rows", "samples with an image"
+PAIRS = "pairs of answers"
+# A rate, not a loss: how many pairs have the larger reward on the chosen answer.
+PREFERENCE_ACCURACY = "preference_accuracy"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ TERMS = (
     Term("hidden", "hidden-state", ANSWER_ROWS, None),
     Term("visual_kl", "visual KL", VISUAL_ROWS, "nats per visual token"),
     Term("relation", "relation", IMAGE_SAMPLES, "1 − cosine"),
+    Term("preference", "preference", PAIRS, "0 to 1"),
 )
 # CompoDistill's own: tables have them even where they are 0.
 OWN = ("lm", "kl", "alignment")
