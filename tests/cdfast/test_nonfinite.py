@@ -117,7 +117,10 @@ def poison(patch, what, trainer=None, bad=f"tiny, sample {BAD}"):
     def poisoned_teacher(*args):
         output = teacher_step(*args)
         if now["bad"] and what == "teacher's hidden state":
-            output.hidden[-1, 2] = math.inf
+            output.hidden["answer"][-1, 2] = math.inf
+        for rows, hidden in output.hidden.items():
+            if now["bad"] and what == f"teacher's {rows} rows":
+                hidden[-1, 2] = math.inf
         if now["bad"] and what == "teacher's map":
             data = output.targets.maps[1].data
             live = data.nonzero()[7]
@@ -144,6 +147,7 @@ def poison(patch, what, trainer=None, bad=f"tiny, sample {BAD}"):
         parameter.register_hook(lambda g: g * math.nan if now["bad"] else g)
 
 
+VISUAL_TERMS = "visual_kl and relation"
 ADDED = {
     "kl is infinite": ("kl", math.inf),
     "alignment is nan": ("alignment", math.nan),
@@ -200,6 +204,18 @@ def test_a_finite_run_says_and_logs_nothing_of_it(tmp_path, caplog):
         trainer.train()
     assert not [r for r in caplog.records if r.name.startswith("cdfast")]
     assert not any("skipped_steps" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("rows, terms", [("answer", "kl and hidden"), ("visual", VISUAL_TERMS)])
+def test_every_loss_on_hidden_states_is_named(tmp_path, monkeypatch, caplog, rows, terms):
+    weights = {"hidden_weight": 1.0, "visual_kl_weight": 1.0, "relation_weight": 1.0}
+    trainer = make_trainer(tmp_path, [GOOD_STEPS[0], BAD_STEP], **weights)
+    poison(monkeypatch, f"teacher's {rows} rows")
+    trainer.train()
+    assert f"step 2 skipped, not finite: {terms} and teacher on rank 0" in caplog.text
+    after = trainer.weights.after
+    assert all(torch.equal(after[1][name], value) for name, value in after[0].items())
+    assert any("hidden_projector" in name for name in after[0])
 
 
 def test_logged_means_are_those_of_the_steps_that_were_taken(tmp_path, monkeypatch):
@@ -316,7 +332,7 @@ def test_the_command_writes_the_count_or_ends_with_an_error(tmp_path, monkeypatc
         output = step(*args, **kwargs)
         calls.append(output)
         if len(calls) in wanted:
-            output.hidden[0, 0] = math.nan
+            output.hidden["answer"][0, 0] = math.nan
         return output
 
     monkeypatch.setattr(cdfast.distill, "teacher_step", poisoned)

@@ -85,7 +85,7 @@ def poison():
     def poisoned(*args):
         output = step(*args)
         if now["bad"]:
-            output.hidden[0, 0] = torch.inf
+            output.hidden["answer"][0, 0] = torch.inf
         return output
 
     DistillationTrainer.compute_loss = watched

@@ -1,0 +1,215 @@
+"""Losses of the compared systems (LLaVADI, LLaVA-KD, LLaVA-MoD) against plain float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cdfast import losses
+from cdfast.losses import (
+    gram_matrix,
+    hidden_loss_sum,
+    kl_loss_sum,
+    relation_loss_sum,
+    soft_cross_entropy_sum,
+)
+from tests.cdfast.test_losses import (
+    TEACHER_WIDTH,
+    TOLERANCE,
+    VOCAB,
+    WIDTH,
+    normal,
+    reference,
+    relative_error,
+    student_tensors,
+    teacher_tensors,
+)
+
+SIZES = [9, 0, 5, 1]
+ROWS = sum(SIZES)
+
+
+# -- soft cross-entropy ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("teacher_vocab", [37, 50, 30], ids=["equal", "teacher-more", "less"])
+def test_soft_cross_entropy(rows, teacher_vocab):
+    hidden, weight = student_tensors(rows)
+    teacher = teacher_tensors(rows, teacher_vocab)
+    loss = soft_cross_entropy_sum(hidden, weight, *teacher)
+    got = torch.autograd.grad(loss, [hidden, weight])
+
+    def plain(h, w):
+        shared = min(len(w), teacher_vocab)
+        p = (teacher[0].double() @ teacher[1][:shared].double().T).softmax(-1)
+        return -(p * (h @ w[:shared].T).log_softmax(-1)).sum()
+
+    want, want_grads = reference(plain, hidden, weight)
+    assert loss.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    for g, w in zip(got, want_grads):
+        assert relative_error(g, w) <= TOLERANCE
+
+
+def test_soft_cross_entropy_has_the_gradient_of_the_kl_to_the_last_bit():
+    hidden, weight = student_tensors(9)
+    teacher = teacher_tensors(9)
+    values = [f(hidden, weight, *teacher) for f in (kl_loss_sum, soft_cross_entropy_sum)]
+    kl, soft = (torch.autograd.grad(value, [hidden, weight]) for value in values)
+    assert all(torch.equal(a, b) for a, b in zip(kl, soft))
+    assert values[1] > values[0] + 1
+
+
+# -- hidden states ---------------------------------------------------------------------------------
+
+
+def plain_hidden(objective, projected, teacher):
+    total = 0.0
+    for s, t in zip(projected, teacher.double()):
+        if objective == "cosine":
+            total = total + 1 - (s @ t) / (s.norm() * t.norm())
+        else:
+            total = total + ((s - t) ** 2).sum() / len(t)
+    return total
+
+
+@pytest.mark.parametrize("objective", ["cosine", "mse"])
+def test_hidden_loss_and_gradient(objective):
+    projected, teacher = normal(7, TEACHER_WIDTH, seed=1).requires_grad_(), normal(7, TEACHER_WIDTH)
+    loss = hidden_loss_sum(projected, teacher, objective)
+    (got,) = torch.autograd.grad(loss, [projected])
+    want, (want_grad,) = reference(lambda p: plain_hidden(objective, p, teacher), projected)
+    assert loss.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    assert relative_error(got, want_grad) <= TOLERANCE
+
+
+@pytest.mark.parametrize("objective", ["cosine", "mse"])
+def test_hidden_loss_passes_gradcheck(objective):
+    projected = normal(3, 5, seed=1).double().requires_grad_()
+    teacher = normal(3, 5).double()
+    assert torch.autograd.gradcheck(lambda p: hidden_loss_sum(p, teacher, objective), projected)
+
+
+@pytest.mark.parametrize("objective", ["cosine", "mse"])
+def test_hidden_loss_of_half_precision_is_computed_in_float32(objective):
+    projected, teacher = (normal(50, 64, seed=s).bfloat16() for s in (1, 2))
+    loss = hidden_loss_sum(projected.requires_grad_(), teacher, objective)
+    assert loss.dtype == torch.float32
+    want = plain_hidden(objective, projected.detach().double(), teacher)
+    assert loss.item() == pytest.approx(want.item(), rel=TOLERANCE)
+
+
+def test_hidden_loss_of_no_rows_is_a_connected_zero():
+    projected = torch.zeros(0, 4, requires_grad=True)
+    for objective in ("cosine", "mse"):
+        loss = hidden_loss_sum(projected, torch.zeros(0, 4), objective)
+        assert loss.item() == 0
+        loss.backward()
+
+
+# -- relation --------------------------------------------------------------------------------------
+
+
+def relation(hidden, weight, teacher_hidden, teacher_weight, sizes=SIZES):
+    shared = min(len(weight), len(teacher_weight))
+    grams = gram_matrix(weight, shared), gram_matrix(teacher_weight, shared)
+    return relation_loss_sum(hidden, grams[0], teacher_hidden, grams[1], sizes)
+
+
+def plain_relation(hidden, weight, teacher_hidden, teacher_weight, sizes=SIZES):
+    """By every logit, and by loops over pairs of visual tokens."""
+    shared, total, begin = min(len(weight), len(teacher_weight)), 0.0, 0
+    for size in sizes:
+        part = slice(begin, begin + size)
+        begin += size
+        if not size:
+            continue
+        y_s = hidden[part] @ weight[:shared].T
+        y_t = (teacher_hidden[part] @ teacher_weight[:shared].T).to(y_s.dtype)
+        pairs = [(i, j) for i in range(size) for j in range(size)]
+        r_s = torch.stack([(y_s[i] * y_s[j]).sum() for i, j in pairs])
+        r_t = torch.stack([(y_t[i] * y_t[j]).sum() for i, j in pairs])
+        total = total + 1 - (r_s * r_t).sum() / (r_s.norm() * r_t.norm())
+    return total
+
+
+def relation_tensors(vocab=VOCAB, teacher_vocab=VOCAB):
+    return (*student_tensors(ROWS, vocab), *teacher_tensors(ROWS, teacher_vocab))
+
+
+@pytest.mark.parametrize(
+    "vocab, teacher_vocab", [(37, 37), (37, 50), (50, 37)], ids=["equal", "teacher-more", "less"]
+)
+def test_relation_loss_and_gradients(vocab, teacher_vocab, monkeypatch):
+    monkeypatch.setattr(losses, "_GRAM_ROWS", 8)  # several chunks, the last one shorter
+    hidden, weight, *teacher = relation_tensors(vocab, teacher_vocab)
+    loss = relation(hidden, weight, *teacher)
+    got = torch.autograd.grad(loss, [hidden, weight])
+    wide = [t.double() for t in teacher]
+    want, want_grads = reference(lambda h, w: plain_relation(h, w, *wide), hidden, weight)
+    assert loss.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    for g, w in zip(got, want_grads):
+        assert relative_error(g, w) <= TOLERANCE
+    assert not got[1][min(vocab, teacher_vocab) :].any()
+
+
+def test_relation_loss_passes_gradcheck():
+    hidden, weight = normal(4, 3, seed=1).double(), normal(6, 3, seed=2).double()
+    teacher = normal(4, 5, seed=3).double(), normal(6, 5, seed=4).double()
+    inputs = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda h, w: relation(h, w, *teacher, [3, 1]), inputs)
+
+
+def test_relation_of_equal_models_is_zero_and_scale_does_not_matter():
+    hidden, weight, *_ = relation_tensors()
+    same = [3 * hidden.detach(), weight.detach()]
+    assert abs(relation(hidden, weight, *same).item()) < 1e-5
+
+
+def test_relation_without_images_is_a_connected_zero():
+    hidden, weight = student_tensors(0)
+    loss = relation(hidden, weight, *teacher_tensors(0), [0, 0])
+    assert loss.item() == 0
+    loss.backward()
+    assert hidden.grad is not None
+    assert not weight.grad.any()
+
+
+def test_relation_in_bfloat16_is_as_exact_as_its_inputs():
+    """The one error budget, with room: at most twice the error of eager PyTorch in that dtype."""
+    sizes = [60, 40]
+    tensors = [normal(100, WIDTH, seed=1), normal(500, WIDTH, seed=2)]
+    tensors += [normal(100, TEACHER_WIDTH, seed=3), normal(500, TEACHER_WIDTH, seed=4)]
+    half = [t.bfloat16() for t in tensors]
+    for tensor in half[:2]:
+        tensor.requires_grad_()
+
+    def eager(hidden, weight, teacher_hidden, teacher_weight):
+        total = 0.0
+        for h_s, h_t in zip(hidden.split(sizes), teacher_hidden.split(sizes)):
+            y_s, y_t = h_s @ weight.T, h_t @ teacher_weight.T
+            r_s, r_t = ((y @ y.T).flatten() for y in (y_s, y_t))
+            total = total + 1 - F.cosine_similarity(r_s, r_t, dim=0)
+        return total
+
+    teacher = [t.double() for t in half[2:]]
+    want, want_grads = reference(lambda h, w: eager(h, w, *teacher), *half[:2])
+    errors = []
+    for loss in (relation(*half, sizes), eager(*half)):
+        grads = torch.autograd.grad(loss, half[:2])
+        errors.append([abs(loss.item() - want.item()) / want.item()])
+        errors[-1] += [relative_error(g, w) for g, w in zip(grads, want_grads)]
+    ours, plain = errors
+    assert ours[0] <= 2 * plain[0]
+    assert all(o <= 3 * p for o, p in zip(ours[1:], plain[1:]))
+    assert ours[0] <= 1e-5
+    assert max(ours[1:]) <= 2**-8  # gradients are stored in bfloat16
+
+
+def test_relation_is_not_rounded_under_autocast():
+    hidden, weight, *teacher = relation_tensors()
+    plain = relation(hidden, weight, *teacher)
+    want = torch.autograd.grad(plain, [hidden, weight])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = relation(hidden, weight, *teacher)
+    assert torch.equal(loss, plain)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, [hidden, weight]), want))
