@@ -22,10 +22,11 @@ from cdfast.adapters import set_trainable
 from cdfast.aligner import VisualAttentionAligner
 from cdfast.arguments import check_zero_options
 from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe
+from cdfast.hidden_projector import hidden_projector_size
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
 from cdfast.stages import Run, check_options
-from cdfast.terms import OWN, TERMS
+from cdfast.terms import weighted_terms
 
 
 def _sized_config(sizes: dict[str, Any]) -> PreTrainedConfig:
@@ -150,19 +151,22 @@ def dry_run(recipe: Recipe) -> None:
             f"student <- teacher: {pairs or 'by calibration'}"
         )
     table = Table(title="stages")
-    terms = [t for t in TERMS if t.name in OWN or any(getattr(s, t.weight) for s in recipe.stages)]
-    names = ("stage", "trained parameters", *(t.label for t in terms), "batch", "rate", "data")
-    for name in names:
+    for name in ("stage", "trained parameters", "losses", "batch", "rate", "data"):
         table.add_column(name)
     for stage in recipe.stages:
         full = stage.stage not in PROJECTOR_ONLY
         set_trainable(student, projector=True, language_model=full and not stage.lora)
         trained = f"{_count(student, trained=True):,}"
         files = stage.data or recipe.data
+        if full and stage.lora:
+            trained += f" + LoRA r{recipe.lora_r}"
+        if stage.hidden_weight and teacher is not None:
+            texts = [m.config.get_text_config(decoder=True) for m in (student, teacher)]
+            trained += f" + MLP {hidden_projector_size(*(t.hidden_size for t in texts)):,}"
         table.add_row(
             stage.stage,
-            trained + (f" + LoRA r{recipe.lora_r}" if full and stage.lora else ""),
-            *(f"{getattr(stage, term.weight):g}" for term in terms),
+            trained,
+            weighted_terms(stage),
             f"{stage.batch_size} x {stage.gradient_accumulation_steps} per process",
             f"{stage.learning_rate:g}",
             ", ".join(

@@ -7,11 +7,14 @@ Counted are matrix products of the models as they are defined, two operations pe
     teacher    forward
     vision     forward, once for both models where they share the tower
     attention  q k^T and P v over the pairs a causal row sees (half the square), and their backward
-    lm_head    answer rows only
+    lm_head    answer rows only; with a visual KL the visual rows of both models
+    hidden     the student-to-teacher MLP of the hidden-state loss, on answer rows
+    relation   H G H^T and G = W^T W where W is trained, with their backward; see losses.py
 
 Not counted: recomputation under gradient checkpointing, the alignment loss, the second projection
-to logits that the KL term makes of rows the LM loss has projected too, embeddings, norms, softmax,
-padding. So MFU falls when any of them takes time. The vision tower is counted where pixel_values
+to logits that the KL term makes of rows the LM loss has projected too, and soft cross-entropy of
+the teacher's, G of a frozen W, embeddings, norms, softmax, padding. So MFU falls when any of them
+takes time. The vision tower is counted where pixel_values
 are images (..., C, H, W), as in LLaVA.
 """
 
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cdfast.adapters import SharedVisionTower, vision_tower
+from cdfast.hidden_projector import NAME, has_hidden_projector, hidden_projector
 
 # What the operations of a step are proportional to; the order of `step_counts`.
 COUNTS = (
@@ -40,6 +44,8 @@ COUNTS = (
     "visual_tokens",
     "patches",
     "patch_pairs",
+    "visual_pairs",
+    "batches",
 )
 
 # Dense peaks in TFLOP/s by a part of the device's name, the first that fits: (label, bfloat16 and
@@ -99,7 +105,10 @@ def _measured_peak(device: str, dtype: torch.dtype) -> float:
 
 
 def step_flops(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, teacher_logits: bool = True
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    teacher_logits: bool = True,
+    losses: Collection[str] = (),
 ) -> dict[str, float]:
     """Operations per unit of each of `COUNTS`, of a step with these models as they are trained.
 
@@ -107,17 +116,41 @@ def step_flops(
         student: what is trained is read from requires_grad; LoRA adapters inside are counted.
         teacher: None for a step without one.
         teacher_logits: whether the teacher's answer rows are projected (KL).
+        losses: names of further terms: hidden, visual_kl and relation are counted.
 
     Raises:
         ValueError: a decoder layer has matrices that are no torch.nn.Linear, such as fused experts.
     """
     per = dict.fromkeys(COUNTS, 0.0)
-    _count_model(per, student, "lm_rows")
+    flows = _count_model(per, student, "lm_rows")
+    if has_hidden_projector(student):
+        per["lm_rows"] += _matrices(hidden_projector(student), flows, False)[0]
+    _count_visual_losses(per, student, losses, flows)
     if teacher is not None:
         shared = _tower(teacher) is _tower(student)
         rows = "kl_rows" if teacher_logits else None
         _count_model(per, teacher, rows, with_tower=not shared, frozen=True)
+        _count_visual_losses(per, teacher, losses, flows=False, frozen=True)
     return per
+
+
+def _count_visual_losses(
+    per: dict[str, float],
+    model: PreTrainedModel,
+    losses: Collection[str],
+    flows: bool,
+    frozen: bool = False,
+) -> None:
+    """Add what the visual KL and the relation loss do with a model's last hidden states."""
+    head: Any = model.get_output_embeddings()
+    if "visual_kl" in losses:
+        per["visual_tokens"] += _matrix(head, flows, frozen)[0]
+    if "relation" in losses:
+        trained = not frozen and head.weight.requires_grad
+        width, backward = head.in_features, flows and not frozen
+        per["visual_tokens"] += 2.0 * width**2 * (1 + backward + trained)
+        per["visual_pairs"] += 2.0 * width * (1 + (2 if backward else trained))
+        per["batches"] += 4.0 * head.out_features * width**2 * trained
 
 
 def _count_model(
@@ -126,9 +159,13 @@ def _count_model(
     head_rows: str | None,
     with_tower: bool = True,
     frozen: bool = False,
-) -> None:
-    """Add a model's operations. Goes through it in the order of its forward pass."""
+) -> bool:
+    """Add a model's operations; whether gradients flow to its last hidden states.
+
+    Goes through it in the order of its forward pass.
+    """
     tower, decoder, head = _tower(model), model.get_decoder(), model.get_output_embeddings()
+    parts = [tower, decoder, head, getattr(model, NAME, None)]
     flows = False  # whether a trained parameter came before, so that gradients flow back this far
     if with_tower and tower is not None:
         patches, flows = _matrices(tower, flows, frozen)
@@ -136,7 +173,7 @@ def _count_model(
         per["patches"] += patches
         attention = 4 * config.hidden_size * config.num_hidden_layers
         per["patch_pairs"] += attention * (3 if flows else 1)
-    apart = {id(m) for part in (tower, decoder, head) if part is not None for m in part.modules()}
+    apart = {id(m) for part in parts if part is not None for m in part.modules()}
     flops, flows = _matrices(model, flows, frozen, apart)  # the adapter between tower and decoder
     per["visual_tokens"] += flops
     flows = flows or (not frozen and _trained(model.get_input_embeddings()))
@@ -153,6 +190,7 @@ def _count_model(
         per["tokens"] += flops
     if head_rows is not None and isinstance(head, nn.Module):
         per[head_rows] += _matrix(head, flows, frozen)[0]
+    return flows
 
 
 def _tower(model: PreTrainedModel) -> nn.Module | None:
@@ -223,11 +261,13 @@ def step_counts(
         each = (pixels.shape[-2] // patch[0]) * (pixels.shape[-1] // patch[1]) + patch[2]
         patches, patch_pairs = images * each, images * each**2
     tokens, pairs = layout.live.sum(), visible_pairs(layout)
-    known = [batch.get("pairs") or layout.num_samples, patches, patch_pairs]
+    known = [batch.get("pairs") or layout.num_samples, patches, patch_pairs, 1]
     # Filled on the device: copying a number there would wait for all that is queued.
-    samples, *vision = (tokens.new_full((), n) for n in known)
-    rows = [lm_rows, kl_rows, layout.visual.sum()]
-    return torch.stack([samples, tokens, pairs, *rows, *vision]).to(torch.int64)
+    samples, *vision, batches = (tokens.new_full((), n) for n in known)
+    visual = layout.visual.sum(1)
+    rows = [lm_rows, kl_rows, visual.sum()]
+    counts = [samples, tokens, pairs, *rows, *vision, visual.square().sum(), batches]
+    return torch.stack(counts).to(torch.int64)
 
 
 def visible_pairs(layout: VisualLayout) -> Tensor:

@@ -47,6 +47,8 @@ MAX_LIVE = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
 # Rows of the chunk in which Liger compares distributions.
 KL_CHUNK = 1024
+# Rows of the output embedding that are added to its Gram matrix at once.
+GRAM_ROWS = 8192
 # Largest buffer in which the triton backend forms a student's map, a chunk of rows at a time.
 MAP_CHUNK = 64 * 2**20
 MAP_TILE = 64
@@ -268,6 +270,38 @@ def logits_chunk(
         kl += itemsize * shared * teacher.width
     # The gradients of the LM loss are kept beside it.
     return float(kl + itemsize * rows * d + head * head_trained)
+
+
+def relation_loss(
+    student: TextShape,
+    teacher: TextShape,
+    samples: int,
+    visual: int,
+    *,
+    itemsize: int,
+    teacher_itemsize: int,
+    head_trained: bool,
+) -> float:
+    """Bytes of the relation loss.
+
+    Gram matrices in float32, gradient included where the head is trained; rows of both models and
+    H G; and the largest of: R of both models for every sample with the backward of one; the head's
+    gradient with a chunk of it in float32; a float32 chunk of a half-precision head.
+    """
+    d, t, copied = student.width, teacher.width, itemsize < 4
+    grams = 4.0 * (d**2 * (3 if head_trained else 1) + t**2)
+    rows = samples * visual * (itemsize * d + teacher_itemsize * t + 4 * d + 4 * copied * (d + t))
+    relations = 4 * visual**2 * (2 * samples + 4)
+    head = itemsize * student.vocabulary * d + 4 * GRAM_ROWS * d * (1 + copied)
+    chunk = 4 * GRAM_ROWS * max(d, t) * copied
+    return grams + rows + max(relations, head * head_trained, chunk)
+
+
+def hidden_loss(student: TextShape, teacher: TextShape, *, rows: int, itemsize: int) -> float:
+    """Bytes of the hidden-state loss: the MLP's input, what its two layers keep and give, and both
+    sides of the comparison in float32 with a gradient.
+    """
+    return rows * (itemsize * (student.width + 4 * teacher.width) + 4.0 * 4 * teacher.width)
 
 
 def parameter_sizes(

@@ -43,6 +43,11 @@ def add_hidden_projector(student: Any, teacher_width: int, seed: int) -> None:
     setattr(student, NAME, projector.to(student.device, student.dtype))
 
 
+def hidden_projector_size(student_width: int, teacher_width: int) -> int:
+    """Parameters of the MLP."""
+    return teacher_width * (student_width + 1) + teacher_width * (teacher_width + 1)
+
+
 def hidden_projector(student: Any) -> nn.Module:
     """The MLP that `add_hidden_projector` has given to the student."""
     module = getattr(student, NAME, None)

@@ -173,8 +173,8 @@ class _Gram(torch.autograd.Function):
         width = weight.shape[1]
         gram = weight.new_zeros(width, width, dtype=_wide(weight[:0]).dtype)
         with torch.autocast(weight.device.type, enabled=False):
-            for rows in weight[:vocabulary].split(_GRAM_ROWS):
-                gram.addmm_(_wide(rows).T, _wide(rows))
+            for rows in map(_wide, weight[:vocabulary].split(_GRAM_ROWS)):
+                gram += rows.T @ rows
         return gram
 
     @staticmethod

@@ -22,7 +22,7 @@ import itertools
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ class Throughput:
 
     Args:
         student, teacher: as they are trained; the teacher is None where there is none.
-        teacher_logits: whether the teacher's logits are computed.
+        teacher_logits: whether the teacher's logits of answer rows are computed.
+        losses: names of the other terms, see `step_flops`.
         device: that trains.
         dtype: of the matrix products: autocast's, or the student's.
     """
@@ -61,12 +62,13 @@ class Throughput:
         teacher_logits: bool,
         device: torch.device,
         dtype: torch.dtype,
+        losses: Collection[str] = (),
     ):
         self.device, self.dtype = device, dtype
         self._flops: dict[str, float] | None = None
         self._not_counted = ""
         try:
-            self._flops = step_flops(student, teacher, teacher_logits)
+            self._flops = step_flops(student, teacher, teacher_logits, losses)
         except ValueError as error:
             self._not_counted = f"not counted: {error}"
         self._patch = patch_size(student)

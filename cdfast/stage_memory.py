@@ -32,13 +32,16 @@ from cdfast.footprint import (
     activations,
     alignment_maps,
     forward_working_set,
+    hidden_loss,
     logits_chunk,
     model_states,
     one_image_layout,
     parameter_sizes,
+    relation_loss,
     sharded,
     tower_features,
 )
+from cdfast.hidden_projector import add_hidden_projector
 from cdfast.stages import with_lora
 
 # Of the GPU's memory: what the CUDA context, NCCL and fragmentation leave to tensors.
@@ -106,6 +109,10 @@ def stage_models(recipe: Recipe, stage: StageRecipe) -> StageModels:
     set_trainable(student, projector=True, language_model=full and not stage.lora)
     if full and stage.lora:
         student = with_lora(student, recipe)
+    if teacher is not None and stage.hidden_weight:
+        adapted: Any = student
+        inner = adapted.get_base_model() if hasattr(student, "get_base_model") else adapted
+        add_hidden_projector(inner, TextShape.of(teacher.config).width, seed=0)
     shared = teacher is not None and recipe.share_vision_tower
     return StageModels(recipe, stage, student, teacher, shared, matches)
 
@@ -156,14 +163,21 @@ def footprint(
         kept += compute * sum(p.numel() for p in _matrices(models.student, tower))
     maps = _maps(models, visual, checkpointing)
     teacher_shape = TextShape.of(models.teacher.config) if models.teacher is not None else None
-    logits = logits_chunk(
-        shape,
-        teacher_shape if stage.kl_weight or stage.pairs else None,
-        rows=rows * (recipe.max_length - visual),
-        itemsize=held if autocast else compute,
-        teacher_itemsize=teacher_size,
-        head_trained=models.training.what == "all",
-    )
+    answers = rows * (recipe.max_length - visual)
+    sizes: dict[str, Any] = {
+        "itemsize": held if autocast else compute,
+        "teacher_itemsize": teacher_size,
+        "head_trained": models.training.what == "all",
+    }
+    both = stage.kl_weight or stage.pairs  # what makes logits of the teacher's answers too
+    logits = logits_chunk(shape, teacher_shape if both else None, rows=answers, **sizes)
+    if teacher_shape is not None and stage.visual_kl_weight:
+        # What the losses before it have left and its own chunk: their sum is the upper bound.
+        logits += logits_chunk(shape, teacher_shape, rows=stage.batch_size * visual, **sizes)
+    if teacher_shape is not None and stage.relation_weight:
+        logits += relation_loss(shape, teacher_shape, stage.batch_size, visual, **sizes)
+    if teacher_shape is not None and stage.hidden_weight:
+        logits += hidden_loss(shape, teacher_shape, rows=answers, itemsize=compute)
     gathered = _gathered(states, models.student, tower, zero_stage, held)
     columns = {
         "student": states.parameters,

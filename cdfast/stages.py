@@ -30,7 +30,7 @@ from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import check_models, load_config, load_model, teacher_source
 from cdfast.probes import Probe, matched_layers, probe_questions, samples_with_image
 from cdfast.storage import staged_folder, together, write_text
-from cdfast.terms import TERMS, WEIGHTS
+from cdfast.terms import WEIGHTS, weighted_terms
 
 STAGE_FILE = "stage.json"
 # Trainer settings that a recipe's `arguments` may change.
@@ -463,9 +463,7 @@ def _matches_as_json(aligner: Any) -> dict[str, list[int]] | None:
 
 def _describe(student: Any, stage: StageRecipe, matches: Any) -> str:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    used = [(term.label, getattr(stage, term.weight)) for term in TERMS]
-    weights = " + ".join(f"{label} {weight:g}" for label, weight in used if weight)
-    text = f"{trained:,} trained parameters; {weights}"
+    text = f"{trained:,} trained parameters; {weighted_terms(stage)}"
     if matches:
         pairs = "; ".join(f"{s} <- {','.join(map(str, t))}" for s, t in matches.items())
         text += f"; student layer <- teacher layers: {pairs}"

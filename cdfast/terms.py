@@ -7,6 +7,7 @@ How a term is computed is in losses.py and distill.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 # What a term is a mean over, counted over the whole global step.
 ANSWER_ROWS, VISUAL_ROWS, IMAGE_SAMPLES = "answer rows", "visual rows", "samples with an image"
@@ -58,3 +59,9 @@ WEIGHTS = tuple(term.weight for term in TERMS)
 TEACHER_WEIGHTS = tuple(term.weight for term in TERMS if term.needs_teacher)
 KL_OBJECTIVES = ("kl", "soft_ce")
 HIDDEN_OBJECTIVES = ("cosine", "mse")
+
+
+def weighted_terms(stage: Any) -> str:
+    """The terms of a stage of a recipe with their weights: LM 1 + KL 1."""
+    used = [(term.label, getattr(stage, term.weight)) for term in TERMS]
+    return " + ".join(f"{label} {weight:g}" for label, weight in used if weight)

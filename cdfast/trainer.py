@@ -181,6 +181,7 @@ class DistillationTrainer(ResumableTrainer):
             teacher_logits=args.kl_weight > 0 or args.preference_weight > 0,
             device=args.device,
             dtype=half or student.dtype,
+            losses=self.losses.used,
         )
         self.add_callback(ThroughputCallback(self.throughput, self.accelerator))
         shorten_progress(self.callback_handler)

@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cdfast_kernels import VisualMap, flash_attention, visual_attention_map
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,14 +26,17 @@ from cdfast.footprint import (
     Training,
     activations,
     alignment_maps,
+    hidden_loss,
     logits_chunk,
     model_states,
     one_image_layout,
     parameter_sizes,
+    relation_loss,
     sharded,
     tower_features,
 )
-from cdfast.losses import kl_loss_sum
+from cdfast.hidden_projector import hidden_projector_size
+from cdfast.losses import gram_matrix, hidden_loss_sum, kl_loss_sum, relation_loss_sum
 from cdfast.memory import parse_size
 from cdfast.stage_memory import combinations, fits, footprint, stage_models
 from tests.cdfast.tiny_models import tiny_batch, tiny_llava
@@ -241,6 +246,58 @@ def test_the_kl_chunk_takes_what_the_allocator_sees(rows, vocabulary):
     options = {"itemsize": 4, "teacher_itemsize": 4, "head_trained": False}
     counted = logits_chunk(student, teacher, rows=rows, **options)
     assert counted == pytest.approx(max(itertools.accumulate(changes)), rel=0.10)
+
+
+def peak_of(step):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("samples, visual, d", [(4, 200, 64), (2, 100, 256)])
+def test_the_relation_loss_takes_what_the_allocator_sees(trained, samples, visual, d):
+    vocabulary = 20_000
+    student, teacher = (TextShape(1, w, w, w, 1, w, vocabulary) for w in (d, 96))
+    hidden = torch.randn(samples * visual, d, requires_grad=True)
+    weight = torch.randn(vocabulary, d, requires_grad=trained)
+    other, head = torch.randn(samples * visual, 96), torch.randn(vocabulary, 96)
+
+    def step():
+        # As the step does: rows are gathered, G of a trained head is made in each of them.
+        grams = gram_matrix(weight, vocabulary), gram_matrix(head, vocabulary)
+        relation_loss_sum(hidden * 1, grams[0], other * 1, grams[1], [visual] * samples).backward()
+
+    options = {"itemsize": 4, "teacher_itemsize": 4, "head_trained": trained}
+    counted = relation_loss(student, teacher, samples, visual, **options)
+    assert counted == pytest.approx(peak_of(step), rel=0.25)
+
+
+def test_the_hidden_state_loss_takes_what_the_allocator_sees():
+    student, teacher = (TextShape(1, w, w, w, 1, w, 100) for w in (64, 96))
+    hidden, other = torch.randn(3000, 64, requires_grad=True), torch.randn(3000, 96)
+    mlp = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 96))
+
+    def step():
+        hidden_loss_sum(mlp(hidden * 1), other * 1).backward()
+
+    counted = hidden_loss(student, teacher, rows=3000, itemsize=4)
+    assert counted == pytest.approx(peak_of(step), rel=0.25)
+
+
+def test_the_mlp_of_the_hidden_state_loss_is_among_the_states():
+    recipe = load_recipe("llavadi-2b")
+    stage = recipe.stages[1]
+    with_mlp, without = (
+        footprint(stage_models(recipe, s), 8, 2, "replicated", checkpointing=True)
+        for s in (stage, replace(stage, hidden_weight=0.0))
+    )
+    size = hidden_projector_size(2048, 2560)
+    assert with_mlp.columns["student"] - without.columns["student"] == 2 * size
+    assert with_mlp.columns["optimizer"] - without.columns["optimizer"] == 12 * size / 8
+    assert with_mlp.columns["logits"] > without.columns["logits"]
 
 
 # Combinations

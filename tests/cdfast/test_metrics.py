@@ -14,7 +14,8 @@ from cdfast import flops, metrics
 from cdfast.adapters import assemble_student, set_trainable, share_vision_tower, vision_tower
 from cdfast.aligner import build_layout
 from cdfast.flops import COUNTS, device_peak, patch_size, step_counts, step_flops, visible_pairs
-from cdfast.losses import answer_rows
+from cdfast.hidden_projector import add_hidden_projector, hidden_projector
+from cdfast.losses import answer_rows, gram_matrix, relation_loss_sum
 from cdfast.metrics import PHASES, THROUGHPUT_FIELDS, Throughput
 from cdfast.trainer import unwrap_model
 from tests.cdfast.samples import TinySamples
@@ -95,6 +96,49 @@ def test_counted_operations_are_those_of_pytorch(pair, train):
     counted = sum(per[name] * n for name, n in whole_square.items())
     # transformers 5.17 multiplies rotary angles as a matrix: 2e-5 of a model as small as this.
     assert counted == pytest.approx(operations(step), rel=1e-4)
+
+
+@pytest.mark.parametrize("train", ["everything", "projector"])
+def test_counted_operations_of_the_other_losses_are_those_of_pytorch(train):
+    """What hidden states, visual KL and relation add; logits of the visual KL by plain products."""
+    teacher, student = taf_pair(train)
+    add_hidden_projector(student, 48, 0)
+    batch = tiny_batch(batch=2, padding=None)
+    layout, rows = build_layout(batch, IMAGE_TOKEN), answer_rows(batch["labels"])
+    counts = step_counts({**batch, "layout": layout}, rows.sum(), rows.sum(), patch_size(student))
+    counts = dict(zip(COUNTS, counts.tolist()))
+    hidden = torch.randn(2, 40, 32, requires_grad=True)
+    theirs, heads = torch.randn(2, 40, 48), (student.lm_head.weight, teacher.lm_head.weight)
+    grams = [gram_matrix(head, 100) for head in heads]
+    visual, sizes = layout.visual, [16, 16]
+
+    def steps():
+        yield "hidden", lambda: hidden_projector(student)(hidden[rows]).sum()
+        yield (
+            "visual_kl",
+            lambda: sum((h[visual] @ w.T).sum() for h, w in zip((hidden, theirs), heads)),
+        )
+
+        def relation():
+            gram = gram_matrix(heads[0], 100) if train == "everything" else grams[0]
+            return relation_loss_sum(hidden[visual], gram, theirs[visual], grams[1], sizes)
+
+        yield "relation", relation
+
+    def total(per):
+        return sum(per[name] * n for name, n in counts.items())
+
+    plain = total(step_flops(student, teacher))
+    for name, loss in steps():
+        measured = operations(lambda loss=loss: loss().backward())
+        if name == "hidden":
+            projector = student.hidden_projector
+            del student.hidden_projector
+            counted = plain - total(step_flops(student, teacher))
+            student.hidden_projector = projector
+        else:
+            counted = total(step_flops(student, teacher, losses=[name])) - plain
+        assert counted == pytest.approx(measured, rel=1e-6), name
 
 
 def test_a_teacher_without_logits_has_no_output_projection():
