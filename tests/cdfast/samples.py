@@ -35,7 +35,7 @@ class TinySamples(torch.utils.data.Dataset):
 
 
 class TinyPairs(torch.utils.data.Dataset):
-    """`size` pairs as `cdfast.pairs.encode_pair` returns them; rejected answers differ in length."""
+    """`size` pairs as `cdfast.pairs.encode_pair` returns them; answers differ in length."""
 
     def __init__(self, size, seed=0, text_only_every=4):
         self.chosen = TinySamples(size, seed, text_only_every)
