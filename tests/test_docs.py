@@ -213,11 +213,20 @@ def test_there_are_commands_to_check():
     assert len(commands_with("cdfast.memory")) >= 2
 
 
-def test_recipes_in_the_readme_are_the_shipped_ones():
+def test_recipes_in_the_docs_are_the_shipped_ones():
     from cdfast.config import recipe_files
 
-    named = set(re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE))
-    assert set(recipe_files()) <= named
+    page = (ROOT / "docs" / "systems.md").read_text()
+    assert all(f"`{name}`" in README + page for name in recipe_files())
+    named = re.findall(r"^\| `(\w[\w-]*)`(?:, `([\w-]+)`)? \|", page, re.MULTILINE)
+    assert {name for pair in named for name in pair if name} <= set(recipe_files())
+
+
+def test_the_page_of_systems_names_every_weight():
+    from cdfast.terms import WEIGHTS
+
+    page = (ROOT / "docs" / "systems.md").read_text()
+    assert all(f"`--{name.replace('_', '-')}`" in page for name in WEIGHTS)
 
 
 def test_ci_runs_the_readme_test_command():

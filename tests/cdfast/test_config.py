@@ -18,6 +18,7 @@ from cdfast.config import (
     recipe_files,
     to_dict,
 )
+from cdfast.terms import weighted_terms
 
 SHIPPED = sorted(recipe_files())
 # Fields that have no option of their own; `compare` is also a flag.
@@ -289,6 +290,45 @@ def test_default_weights_of_the_stages():
     assert weights(recipe(), "kl_weight") == {**NONE, "dpt": 1, "dft": 1}
     assert weights(recipe(), "alignment_weight") == {**NONE, "dft": 1}
     assert weights(recipe(), "preference_weight") == {**NONE, "preference": 1}
+
+
+@pytest.mark.parametrize("name", ["hidden_weight", "visual_kl_weight", "relation_weight"])
+def test_losses_of_other_systems_are_off_and_stay_out_of_stages_without_a_teacher(name):
+    assert weights(recipe(), name) == dict.fromkeys(STAGES, 0.0)
+    changed = override(recipe(), {name: 0.5, "kl_weight": 0, "alignment_weight": 0})
+    assert weights(changed, name) == {"pretrain": 0, "sft": 0, "dpt": 0.5, "dft": 0.5}
+    without = override(changed, {"teacher": "none", "taf": False})
+    option = name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"Give --teacher PATH, or --{option} 0."):
+        without.check_runnable()
+
+
+SYSTEMS = ["", "-sft", "-llavadi", "-llava-kd", "-llava-mod", "-official"]
+
+
+def test_miniatures_of_all_systems_have_equal_steps_and_mixes():
+    found = [load_recipe(f"miniature{system}").stages for system in SYSTEMS]
+    schedules = {
+        tuple((s.max_steps, s.batch_size, tuple(s.turns_mix), s.learning_rate) for s in stages)
+        for stages in found
+    }
+    assert len(schedules) == 1
+    assert sum(steps for steps, *_ in schedules.pop()) == 520
+
+
+def test_recipes_of_the_systems_have_their_losses():
+    def terms(name):
+        return [(s.stage, weighted_terms(s)) for s in load_recipe(name).stages]
+
+    distilled = "LM 1 + KL 1 + visual KL 1 + relation 0.5"
+    for prefix, suffix in (("", "-2b"), ("miniature-", "")):
+        kd = terms(f"{prefix}llava-kd{suffix}")[:3]
+        assert kd == [("dpt", distilled), ("sft", "LM 1"), ("dft", distilled)]
+        di = terms(f"{prefix}llavadi{suffix}")[:2]
+        assert di == [("pretrain", "LM 1"), ("dft", "LM 1 + KL 1 + hidden-state 1")]
+        assert terms(f"{prefix}llava-mod{suffix}")[:2] == [("pretrain", "LM 1"), ("dft", "KL 1")]
+        assert load_recipe(f"{prefix}llava-mod{suffix}").kl_objective == "soft_ce"
+        assert load_recipe(f"{prefix}llavadi{suffix}").hidden_objective == "mse"
 
 
 def test_unprefixed_weight_stays_out_of_stages_without_that_loss():

@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
-from cdfast import losses
+from cdfast import distill, losses
+from cdfast.export import write_student
+from cdfast.hidden_projector import FILE, load_hidden_projector
 from cdfast.losses import (
     gram_matrix,
     hidden_loss_sum,
@@ -12,6 +16,7 @@ from cdfast.losses import (
     relation_loss_sum,
     soft_cross_entropy_sum,
 )
+from cdfast.trainer import unwrap_model
 from tests.cdfast.test_losses import (
     TEACHER_WIDTH,
     TOLERANCE,
@@ -23,6 +28,8 @@ from tests.cdfast.test_losses import (
     student_tensors,
     teacher_tensors,
 )
+from tests.cdfast.test_trainer import make_trainer, relative_change, state
+from tests.cdfast.tiny_models import IMAGE_TOKEN, tiny_llava, tiny_teacher
 
 SIZES = [9, 0, 5, 1]
 ROWS = sum(SIZES)
@@ -213,3 +220,160 @@ def test_relation_is_not_rounded_under_autocast():
         loss = relation(hidden, weight, *teacher)
     assert torch.equal(loss, plain)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, [hidden, weight]), want))
+
+
+# -- in the trainer --------------------------------------------------------------------------------
+
+ALL = {
+    "hidden_weight": 0.5,
+    "visual_kl_weight": 2.0,
+    "relation_weight": 3.0,
+    "kl_objective": "soft_ce",
+}
+NAMES = ("lm", "kl", "alignment", "hidden", "visual_kl", "relation")
+
+
+@pytest.mark.parametrize("unshifted", [False, True])
+def test_trainer_takes_the_losses_by_their_definitions(tmp_path, unshifted):
+    """Every mean against plain logits and hidden states, with a sample without an image."""
+    trainer = make_trainer(tmp_path, unshifted_kl_mask=unshifted, **ALL)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    loss, means = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    student, teacher = tiny_llava(), tiny_teacher()
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        h_s, h_t = (m.base_model(**inputs).last_hidden_state.double() for m in (student, teacher))
+        y_s, y_t = (h @ m.lm_head.weight.double().T for h, m in ((h_s, student), (h_t, teacher)))
+        f = trainer.model.hidden_projector.double()(h_s)
+    answers = losses.answer_rows(batch["labels"])
+    kl_rows = losses.unshifted_rows(batch["labels"]) if unshifted else answers
+    visual = batch["input_ids"] == IMAGE_TOKEN
+    pairs = [(y_s[i][visual[i]], y_t[i][visual[i]]) for i in range(4) if visual[i].any()]
+    assert len(pairs) == 3
+    relations = [[(y @ y.T).flatten() for y in pair] for pair in pairs]
+    want = {
+        "kl": -(y_t.softmax(-1) * y_s.log_softmax(-1)).sum(-1)[kl_rows].mean(),
+        "hidden": (1 - F.cosine_similarity(f, h_t, dim=-1))[answers].mean(),
+        "visual_kl": F.kl_div(
+            y_s[visual].log_softmax(-1),
+            y_t[visual].log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        ),
+        "relation": sum(1 - F.cosine_similarity(a, b, dim=0) for a, b in relations) / 3,
+    }
+    for name, value in want.items():
+        assert means[name].item() == pytest.approx(value.item(), rel=TOLERANCE, abs=1e-7), name
+    weights = {name: getattr(trainer.args, f"{name}_weight") for name in NAMES}
+    total = sum(weights[name] * means[name].item() for name in NAMES)
+    assert loss.item() == pytest.approx(total, rel=TOLERANCE)
+
+
+def test_batches_without_images_count_nothing_and_train_all(tmp_path):
+    trainer = make_trainer(tmp_path, **ALL)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in (3, 7)])
+    loss, means = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert means["visual_kl"] == means["relation"] == 0
+    assert means["hidden"] > 0
+    loss.backward()
+    trained = [p for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+
+
+def test_accumulation_and_recomputation_do_not_change_the_step(tmp_path):
+    start = state(make_trainer(tmp_path / "start", **ALL).model)
+    whole = make_trainer(tmp_path / "whole", **ALL)
+    whole.train()
+    split = make_trainer(
+        tmp_path / "split",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+        **ALL,
+    )
+    split.train()
+    assert relative_change(state(split.model), state(whole.model), start) <= TOLERANCE
+    logs = [trainer.state.log_history[0] for trainer in (split, whole)]
+    for name in NAMES:
+        assert logs[0][f"loss_{name}"] == pytest.approx(logs[1][f"loss_{name}"], rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_mlp_is_trained_resumed_and_left_out_of_students(tmp_path, lora):
+    options = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-3, "size": 16, **ALL}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+
+    def trainer():
+        student = tiny_llava()
+        if lora:
+            torch.manual_seed(0)
+            targets = r".*language_model.*\.(q|v)_proj"
+            student = get_peft_model(student, LoraConfig(r=4, target_modules=targets))
+        return make_trainer(tmp_path / "run", student, **options)
+
+    start = state(trainer().model)
+    whole = trainer()
+    whole.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    got, want = state(again.model), state(whole.model)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    mlp = [n for n in want if "hidden_projector" in n]
+    assert len(mlp) == 4
+    assert not any(torch.equal(start[n], want[n]) for n in mlp)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    weights = "adapter_model" if lora else "model"
+    assert not [n for n in load_file(checkpoint / f"{weights}.safetensors") if "hidden_" in n]
+    assert set(load_file(checkpoint / FILE)) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    (tmp_path / "student").mkdir()
+    tiny_llava().save_pretrained(tmp_path / "base")
+    write_student(whole.model, whole.model.state_dict(), tmp_path / "student", tmp_path / "base")
+    exported = load_file(tmp_path / "student" / "model.safetensors")
+    assert not [n for n in exported if "hidden_" in n]
+    (checkpoint / FILE).unlink()
+    with pytest.raises(ValueError, match=r"hidden_projector.safetensors: .*Resume with"):
+        load_hidden_projector(unwrap_model(again.model), checkpoint)
+
+
+def test_gram_matrices_of_frozen_heads_are_made_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        distill, "gram_matrix", lambda w, v: made.append(w.requires_grad) or gram_matrix(w, v)
+    )
+    make_trainer(tmp_path / "a", max_steps=3, **ALL).train()
+    assert made == [True, False, True, True]
+    made.clear()
+    student = get_peft_model(tiny_llava(), LoraConfig(r=2, target_modules=["q_proj"]))
+    make_trainer(tmp_path / "b", student, max_steps=3, **ALL).train()
+    assert made == [False, False]
+
+
+def test_losses_that_are_not_used_cost_and_log_nothing(tmp_path, monkeypatch):
+    for name in ("hidden_loss_sum", "relation_loss_sum", "soft_cross_entropy_sum", "gram_matrix"):
+        monkeypatch.setattr(distill, name, None)
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    logged = {n for n in trainer.state.log_history[0] if n.startswith("loss_")}
+    assert logged == {"loss_lm", "loss_kl", "loss_alignment"}
+    assert not hasattr(trainer.model, "hidden_projector")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"hidden_weight": -1.0}, "hidden_weight: expected a finite number >= 0; got -1.0"),
+        ({"relation_weight": float("nan")}, "relation_weight: expected a finite"),
+        ({"kl_objective": "ce"}, "kl_objective: expected kl or soft_ce; got 'ce'"),
+        ({"hidden_objective": "l1"}, "hidden_objective: expected cosine or mse; got 'l1'"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_each_loss_needs_a_teacher(tmp_path):
+    off = {"kl_weight": 0.0, "alignment_weight": 0.0}
+    for name in ("hidden_weight", "visual_kl_weight", "relation_weight"):
+        with pytest.raises(ValueError, match=f"because {name} > 0; got None"):
+            make_trainer(tmp_path, teacher=False, **off, **{name: 1.0})

@@ -29,6 +29,13 @@ PREFERENCE = {
     "preference_beta": 1.0,
     **dict.fromkeys(("lm_weight", "kl_weight", "alignment_weight"), 0.0),
 }
+# The losses of the systems that the paper compares.
+SYSTEMS = {
+    "hidden_weight": 1.0,
+    "visual_kl_weight": 1.0,
+    "relation_weight": 0.5,
+    "kl_objective": "soft_ce",
+}
 # What a case changes. Batches are those of two ranks: one process takes the global batch at once.
 CASES = {
     "plain": {"batch": 2},
@@ -54,6 +61,14 @@ CASES = {
         "order": TEXT_ONLY_FIRST,
         "options": {"matching": "adaptive"},
     },
+    "systems": {"batch": 2, "order": TEXT_ONLY_BOTH, "options": SYSTEMS},
+    "systems, lora": {
+        "batch": 1,
+        "accumulation": 2,
+        "train": "lora",
+        "order": TEXT_ONLY_SECOND,
+        "options": {**SYSTEMS, "hidden_objective": "mse", "gradient_checkpointing": True},
+    },
     # On pairs of answers; KL is a mean over the pairs of all ranks.
     "preference": {"batch": 2, "order": TEXT_ONLY_SECOND, "pairs": True, "options": PREFERENCE},
 }
@@ -66,7 +81,7 @@ SETUPS = {
     "zero1": ({"zero_stage": 1}, ["plain", "accumulation", "lora"]),
     "zero2": (
         {"zero_stage": 2, "teacher_placement": "offloaded"},
-        ["plain", "accumulation", "lora", "preference", *TEXT_CASES],
+        ["plain", "accumulation", "lora", "systems", "preference", *TEXT_CASES],
     ),
     "zero3": ({"zero_stage": 3}, ["plain", "accumulation", "recomputation", "lora"]),
     "zero3, sharded teacher": (
@@ -127,7 +142,6 @@ def run_case(case, folder, processes, setup="ddp"):
     samples = (TinyPairs if chosen.get("pairs") else TinySamples)(16)
     order = chosen.get("order", range(GLOBAL_BATCH * STEPS))
     teacher, student = make_student(chosen.get("train", "everything"))
-    before = trained_weights(student)
     trainer = InOrder(
         model=student,
         teacher=teacher,
@@ -156,6 +170,7 @@ def run_case(case, folder, processes, setup="ddp"):
         data_collator=VisionTextCollator(0),
     )
     assert trainer.args.world_size == processes
+    before = trained_weights(student)
     trainer.train()
     return before, trained_weights(student), trainer
 
