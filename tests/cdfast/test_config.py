@@ -296,7 +296,7 @@ def test_default_weights_of_the_stages():
 def test_losses_of_other_systems_are_off_and_stay_out_of_stages_without_a_teacher(name):
     assert weights(recipe(), name) == dict.fromkeys(STAGES, 0.0)
     changed = override(recipe(), {name: 0.5, "kl_weight": 0, "alignment_weight": 0})
-    assert weights(changed, name) == {"pretrain": 0, "sft": 0, "dpt": 0.5, "dft": 0.5}
+    assert weights(changed, name) == {**NONE, "dpt": 0.5, "dft": 0.5}
     without = override(changed, {"teacher": "none", "taf": False})
     option = name.replace("_", "-")
     with pytest.raises(ConfigError, match=f"Give --teacher PATH, or --{option} 0."):
@@ -307,13 +307,19 @@ SYSTEMS = ["", "-sft", "-llavadi", "-llava-kd", "-llava-mod", "-official"]
 
 
 def test_miniatures_of_all_systems_have_equal_steps_and_mixes():
-    found = [load_recipe(f"miniature{system}").stages for system in SYSTEMS]
+    found = {system: load_recipe(f"miniature{system}").stages for system in SYSTEMS}
     schedules = {
-        tuple((s.max_steps, s.batch_size, tuple(s.turns_mix), s.learning_rate) for s in stages)
-        for stages in found
+        system: [(s.max_steps, s.batch_size, s.turns_mix, s.learning_rate) for s in stages]
+        for system, stages in found.items()
     }
-    assert len(schedules) == 1
-    assert sum(steps for steps, *_ in schedules.pop()) == 520
+    assert all(sum(steps for steps, *_ in s) == 520 for s in schedules.values())
+    # The preference stage stands for the last 40 steps.
+    preferring = schedules.pop("-llava-mod")
+    assert [steps for steps, *_ in preferring] == [20, 200, 260, 40]
+    assert found["-llava-mod"][-1].stage == "preference"
+    want = schedules[""]
+    assert all(schedule == want for schedule in schedules.values())
+    assert [rest for _, *rest in preferring[:3]] == [rest for _, *rest in want[:3]]
 
 
 def test_recipes_of_the_systems_have_their_losses():
@@ -326,7 +332,10 @@ def test_recipes_of_the_systems_have_their_losses():
         assert kd == [("dpt", distilled), ("sft", "LM 1"), ("dft", distilled)]
         di = terms(f"{prefix}llavadi{suffix}")[:2]
         assert di == [("pretrain", "LM 1"), ("dft", "LM 1 + KL 1 + hidden-state 1")]
-        assert terms(f"{prefix}llava-mod{suffix}")[:2] == [("pretrain", "LM 1"), ("dft", "KL 1")]
+        mod = terms(f"{prefix}llava-mod{suffix}")
+        assert mod[:2] == [("pretrain", "LM 1"), ("dft", "KL 1")]
+        assert mod[-1] == ("preference", "preference 1")
+        assert load_recipe(f"{prefix}llava-mod{suffix}").stages[-1].preference_beta == 0.1
         assert load_recipe(f"{prefix}llava-mod{suffix}").kl_objective == "soft_ce"
         assert load_recipe(f"{prefix}llavadi{suffix}").hidden_objective == "mse"
 
