@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from cdfast.config import TEACHER_PLACEMENTS, ZERO_STAGES
 from cdfast.engine import stage_of, start_zero, zero_config
-from cdfast.terms import HIDDEN_OBJECTIVES, KL_OBJECTIVES, WEIGHTS
+from cdfast.terms import HIDDEN_OBJECTIVES, KL_OBJECTIVES, TEACHER_WEIGHTS, WEIGHTS
 
 
 @dataclass
@@ -16,9 +16,10 @@ class DistillationConfig(TrainingArguments):
     """`transformers.TrainingArguments` with the weights and options of distillation.
 
     L = lm_weight L_LM + kl_weight L_KL + alignment_weight L_alignment + hidden_weight L_hidden +
-    visual_kl_weight L_visual_KL + relation_weight L_relation, each a sum over the global step (all
-    ranks, all accumulation steps) divided by its own global count: answer tokens for LM, KL and
-    hidden states, visual tokens for the visual KL, samples with an image for the others.
+    visual_kl_weight L_visual_KL + relation_weight L_relation + preference_weight L_preference, each
+    a sum over the global step (all ranks, all accumulation steps) divided by its own global count:
+    answer tokens for LM, KL and hidden states, visual tokens for the visual KL, pairs of answers
+    for the preference, samples with an image for the others.
     """
 
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-model loss."})
@@ -38,6 +39,16 @@ class DistillationConfig(TrainingArguments):
     )
     relation_weight: float = field(
         default=0.0, metadata={"help": "Weight of the visual relation loss (LLaVA-KD)."}
+    )
+    preference_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the preference loss on pairs of answers (LLaVA-MoD); beside it only "
+            "lm_weight may be above 0."
+        },
+    )
+    preference_beta: float = field(
+        default=0.1, metadata={"help": "beta of the preference loss, above 0."}
     )
     kl_objective: str = field(
         default="kl",
@@ -126,6 +137,16 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0; got {value}.")
+        others = [n for n in TEACHER_WEIGHTS if n != "preference_weight" and getattr(self, n) > 0]
+        if self.preference_weight > 0 and others:
+            raise ValueError(
+                f"preference_weight: expected no other loss with a teacher beside it; got "
+                f"{', '.join(others)} > 0. Set them to 0."
+            )
+        if not 0 < self.preference_beta < float("inf"):
+            raise ValueError(
+                f"preference_beta: expected a finite number > 0; got {self.preference_beta}."
+            )
         for name, allowed in (
             ("kl_objective", KL_OBJECTIVES),
             ("hidden_objective", HIDDEN_OBJECTIVES),

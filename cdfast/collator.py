@@ -43,19 +43,28 @@ class VisionTextCollator:
         """Make a batch.
 
         Args:
-            samples: what `encode` returned, at least one.
+            samples: what `encode` returned, or all what `pairs.encode_pair` returned; at least one.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, N) int64; the image tensors of all samples
             concatenated along dim 0 (no such key when no sample has an image); extras, and
             `segment_ids` and `position_ids` where every sample has them, (B, N); `sample_ids`, the
-            samples' sources.
+            samples' sources. Of B pairs a batch has 2B rows, all chosen answers and then all
+            rejected ones in the same order, and `pairs`, the number B.
 
         Raises:
-            ValueError: no samples.
+            ValueError: no samples, or pairs among others.
         """
         if not samples:
             raise ValueError("samples: expected at least one, got none")
+        sources = [sample["source"] for sample in samples]
+        rejected = [sample["rejected"] for sample in samples if "rejected" in sample]
+        if rejected and len(rejected) < len(samples):
+            raise ValueError(
+                f"samples: expected pairs of answers throughout, or none; got {len(rejected)} of "
+                f"{len(samples)}. Keep preference data in a data set of its own."
+            )
+        samples = [*samples, *rejected]
         length = max(len(sample["input_ids"]) for sample in samples)
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
@@ -76,7 +85,9 @@ class VisionTextCollator:
             batch["segment_ids"] = self._pad([s["segment_ids"] for s in samples], length, 0)
         for name in sorted({name for sample in samples for name in sample["images"]}):
             batch[name] = _concatenate([s["images"][name] for s in samples if name in s["images"]])
-        batch["sample_ids"] = [sample["source"] for sample in samples]
+        batch["sample_ids"] = sources
+        if rejected:
+            batch["pairs"] = len(rejected)
         return batch
 
     def _pad(self, rows: list[Tensor], length: int, value: int) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from cdfast.terms import HIDDEN_OBJECTIVES, KL_OBJECTIVES, TEACHER_WEIGHTS, WEIGHTS
 from cdfast.yaml_file import parse_yaml, read_yaml
 
-STAGES = ("pretrain", "sft", "dpt", "dft")
+STAGES = ("pretrain", "sft", "dpt", "dft", "preference")
 ZERO_STAGES = (0, 1, 2, 3)
 EVALUATION_SPLITS = ("validation", "test")
 TEACHER_PLACEMENTS = ("replicated", "sharded", "offloaded")
@@ -38,13 +38,15 @@ _TRAINER_TYPES = {
 }
 
 # What each stage trains, and which losses it has unless a recipe says otherwise.
-# Source: paper, training stages; `pretrain` and `sft` are LLaVA's.
-_NO_TEACHER = dict.fromkeys(TEACHER_WEIGHTS, 0.0)
+# Source: paper, training stages; `pretrain` and `sft` are LLaVA's, `preference` is LLaVA-MoD's.
+_LM_ONLY = {"lm_weight": 1.0, **dict.fromkeys(TEACHER_WEIGHTS, 0.0)}
+_DPT = {"lm_weight": 1.0, "kl_weight": 1.0, "alignment_weight": 0.0, "preference_weight": 0.0}
 _STAGE_WEIGHTS = {
-    "pretrain": _NO_TEACHER,
-    "sft": _NO_TEACHER,
-    "dpt": {"kl_weight": 1.0, "alignment_weight": 0.0},
-    "dft": {"kl_weight": 1.0, "alignment_weight": 1.0},
+    "pretrain": _LM_ONLY,
+    "sft": _LM_ONLY,
+    "dpt": _DPT,
+    "dft": {**_DPT, "alignment_weight": 1.0},
+    "preference": {**_LM_ONLY, "lm_weight": 0.0, "preference_weight": 1.0},
 }
 PROJECTOR_ONLY = ("pretrain", "dpt")
 # TrainingArguments that stages set by options of their own, whose values are checked.
@@ -93,7 +95,8 @@ class StageRecipe:
     stage: str = _option(
         "dft",
         "pretrain: projector, LM loss. sft: language model and projector, LM loss. "
-        "dpt: student projector, LM + KL. dft: language model and projector, LM + KL + alignment.",
+        "dpt: student projector, LM + KL. dft: language model and projector, LM + KL + alignment. "
+        "preference: language model and projector, chosen against rejected answers.",
     )
     data: list[str] | None = _option(None, "Data files of this stage; default: the recipe's.")
     image_root: list[str] | None = _option(
@@ -122,7 +125,12 @@ class StageRecipe:
         "With gradient checkpointing: keep attention and alignment of aligned layers instead of "
         "repeating them (faster on long sequences, more memory).",
     )
-    lm_weight: float = _option(1.0, "Weight of the language-model loss.", at_least=0)
+    lm_weight: float | None = _option(
+        None,
+        "Weight of the language-model loss (on pairs: of chosen answers); default: 1, 0 in "
+        "preference.",
+        at_least=0,
+    )
     kl_weight: float | None = _option(
         None, "Weight of the logit KL; default: 1 in dpt and dft.", at_least=0
     )
@@ -145,6 +153,13 @@ class StageRecipe:
         "Weight of the relation loss: 1 - cos of Y Y^T over visual logits (LLaVA-KD).",
         at_least=0,
     )
+    preference_weight: float | None = _option(
+        None,
+        "Weight of the preference loss (LLaVA-MoD); the data are then pairs of a chosen and a "
+        "rejected answer. Default: 1 in preference.",
+        at_least=0,
+    )
+    preference_beta: float = _option(0.1, "beta of the preference loss.", above=0)
     turns_mix: list[int] | None = _option(
         None,
         "Embedded data only: turns per scene (list, vqa, loc, rel, verify, ab).",
@@ -162,6 +177,11 @@ class StageRecipe:
     @property
     def needs_teacher(self) -> bool:
         return any(getattr(self, name) for name in TEACHER_WEIGHTS)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether its samples are pairs of a chosen and a rejected answer."""
+        return bool(self.preference_weight)
 
 
 @dataclass
@@ -400,6 +420,14 @@ def _check_stage(stage: StageRecipe, where: str) -> None:
         raise ConfigError(
             f"{', '.join(WEIGHTS)}: {where}expected at least one above 0; got 0 for all, so "
             "nothing would be trained. Give one of them, or leave the stage out."
+        )
+    others = [n for n in TEACHER_WEIGHTS if n != "preference_weight" and getattr(stage, n)]
+    if stage.pairs and others:
+        options = " ".join(f"--{stage.stage}.{name.replace('_', '-')} 0" for name in others)
+        raise ConfigError(
+            f"preference_weight: {where}expected no other loss with a teacher beside it, because "
+            f"its data are pairs of answers; got {', '.join(others)} above 0. Give {options}, or a "
+            "stage of its own."
         )
 
 

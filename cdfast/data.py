@@ -27,6 +27,7 @@ from cdfast.encoding import (
     encode,
 )
 from cdfast.images import MAX_PIXELS, DataError, ImageFile, check_image, load_image
+from cdfast.pairs import check_pair, check_pair_answers, encode_pair
 from cdfast.records import RecordFile
 
 __all__ = [
@@ -56,6 +57,7 @@ REASONS = (
     "image too large",
     "nothing left within max_length",
     "chat template",
+    "answer beyond max_length",
 )
 _PROGRESS_FROM = 2000
 # Records named for each reason in the results of a run; all are counted.
@@ -91,6 +93,8 @@ class VisionTextDataset(Dataset):
         max_pixels: the largest image, by its header; None is no limit.
         check_images: look at every image's place and header at the start. False saves the time on
             slow storage; such faults are then found when the record is read.
+        pairs: samples are pairs of a chosen and a rejected answer (`pairs.encode_pair`): every
+            record needs `rejected`, and what is longer than max_length is not cut but broken.
 
     Attributes:
         has_image: bool (len,), for samplers that group by it.
@@ -114,6 +118,7 @@ class VisionTextDataset(Dataset):
         on_error: str = "raise",
         max_pixels: int | None = MAX_PIXELS,
         check_images: bool = True,
+        pairs: bool = False,
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
@@ -122,6 +127,7 @@ class VisionTextDataset(Dataset):
         self.processor = processor
         self.on_error = on_error
         self.max_pixels = max_pixels
+        self.pairs = pairs
         self._encoding: dict[str, Any] = {
             "max_length": max_length,
             "turns": turns,
@@ -145,8 +151,9 @@ class VisionTextDataset(Dataset):
         first: dict[str, DataError] = {}
         for f, r in self._all_records():
             try:
-                sample = self.files[f].sample(r, self._layouts[f])
-                check_sample(self.processor, sample, turns=self._encoding["turns"])
+                sample = self.files[f].sample(r, self._layouts[f], pairs=self.pairs)
+                check = check_pair if self.pairs else check_sample
+                check(self.processor, sample, turns=self._encoding["turns"])
                 if check_images:
                     for n, image in enumerate(sample.images):
                         check_image(
@@ -195,15 +202,18 @@ class VisionTextDataset(Dataset):
         for i in range(len(self)):
             try:
                 sample = self.sample(i)
-                check_answers(
-                    self.processor, sample, encode(self.processor, sample, **self._encoding)
-                )
+                check = check_pair_answers if self.pairs else check_answers
+                check(self.processor, sample, self._encode(sample))
                 return
             except DataError as error:
                 if self.on_error == "raise" or error.reason == "chat template":
                     raise
                 self._note(i, error)
         self._none_left()
+
+    def _encode(self, sample: Sample) -> dict[str, Any]:
+        encoder = encode_pair if self.pairs else encode
+        return encoder(self.processor, sample, **self._encoding)
 
     def _none_left(self) -> None:
         raise DataError(
@@ -260,10 +270,10 @@ class VisionTextDataset(Dataset):
             IndexError: out of range.
         """
         f, r = self._index[range(len(self))[index]]
-        return self.files[f].sample(int(r), self._layouts[f])
+        return self.files[f].sample(int(r), self._layouts[f], pairs=self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return an encoded sample: see `encode`.
+        """Return an encoded sample: see `encode` and `pairs.encode_pair`.
 
         Raises:
             DataError: with on_error="raise", the record cannot be used.
@@ -275,7 +285,7 @@ class VisionTextDataset(Dataset):
             if self._replaced[i]:
                 continue
             try:
-                encoded = encode(self.processor, self.sample(i), **self._encoding)
+                encoded = self._encode(self.sample(i))
             except DataError as error:
                 if self.on_error == "raise":
                     raise
@@ -343,12 +353,13 @@ def load_dataset(
     on_error: str = "raise",
     max_pixels: int | None = MAX_PIXELS,
     check_images: bool = True,
+    pairs: bool = False,
 ) -> VisionTextDataset:
     """Open training files; each file's layout is found from its records.
 
     Args:
-        paths, image_roots, processor, max_length, turns, on_error, max_pixels, check_images: see
-            `VisionTextDataset`.
+        paths, image_roots, processor, max_length, turns, on_error, max_pixels, check_images,
+            pairs: see `VisionTextDataset`.
 
     Returns:
         A map-style data set of encoded samples.
@@ -366,4 +377,5 @@ def load_dataset(
         on_error=on_error,
         max_pixels=max_pixels,
         check_images=check_images,
+        pairs=pairs,
     )

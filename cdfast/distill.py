@@ -34,6 +34,7 @@ from cdfast.losses import (
     soft_cross_entropy_sum,
     unshifted_rows,
 )
+from cdfast.preference import answer_log_probs
 
 # Terms that compare last hidden states, or logits made of them, and the rows they are over.
 _ROWS = {"kl": "answer", "hidden": "answer", "visual_kl": "visual", "relation": "visual"}
@@ -67,6 +68,7 @@ class TeacherOutput:
     targets: AlignmentTargets | None
     hidden: dict[str, Tensor]  # rows -> (R, d_t) last hidden states on them
     weight: Tensor | None  # (V_t, d_t) output embedding
+    log_probs: Tensor | None = None  # (2B,) of the answers, in a batch of pairs
 
 
 @dataclass
@@ -78,6 +80,7 @@ class TeacherTask:
     aligner: VisualAttentionAligner | None
     losses: LossOptions
     blank_image: bool = False  # run the vision modules in a batch without images too
+    pairs: int = 0  # of answers, in a batch of chosen and then rejected ones
     output: TeacherOutput | None = None
 
     def run(self, teacher: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -97,6 +100,7 @@ class StudentTask:
     blank_image: bool = False  # run the vision modules in a batch without images too
     # Gram matrices of frozen output embeddings, by role: kept from step to step by the caller.
     grams: dict[str, Tensor] = field(default_factory=dict)
+    pairs: int = 0  # of answers, in a batch of chosen and then rejected ones
 
     def run(self, student: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
         return student_step(student, inputs, self)
@@ -119,10 +123,16 @@ def teacher_step(
     hidden = _hidden_states(teacher, inputs, context, task.blank_image)
     kinds = sorted({task.losses.rows(name) for name in task.losses.used})
     logits = task.losses.used - {"hidden"}
+    log_probs = None
+    if task.pairs:
+        head = _output_embedding(teacher)
+        with gathered([head.weight]):
+            log_probs = answer_log_probs(hidden, head.weight, task.labels)
     return TeacherOutput(
         targets=aligner.targets(context) if aligner else None,
         hidden={kind: hidden[loss_rows(kind, task.labels, task.layout)] for kind in kinds},
         weight=_output_embedding(teacher).weight if logits else None,
+        log_probs=log_probs,
     )
 
 
@@ -131,7 +141,9 @@ def student_step(
 ) -> dict[str, Tensor]:
     """Run the student and return the sums over this batch by name of the term (terms.py).
 
-    Each is divided by its own global count in the trainer.
+    Each is divided by its own global count in the trainer. In a batch of pairs "lm" is over the
+    chosen answers, and "log_ratios" (2B,) are log pi_student - log pi_teacher of all, of which the
+    trainer makes the preference loss: it takes the means of all ranks.
     """
     teacher = task.teacher
     targets = teacher.targets if teacher else None
@@ -141,6 +153,8 @@ def student_step(
         context = AlignmentContext(task.layout)
     hidden = _hidden_states(student, inputs, context, task.blank_image)
     sums = _logit_losses(student, hidden, task)
+    if task.pairs and teacher and teacher.log_probs is not None:
+        sums["log_ratios"] = sums.pop("log_probs") - teacher.log_probs
     if task.aligner and targets:
         sums["alignment"] = task.aligner.alignment(context).sum
     if teacher and "hidden" in task.losses.used:
@@ -157,7 +171,7 @@ def student_step(
 
 
 def _logit_losses(student: PreTrainedModel, hidden: Tensor, task: StudentTask) -> dict[str, Tensor]:
-    """The sums over logits, computed as the forward of the output embedding.
+    """The sums over logits, and "log_probs" of pairs: the forward of the output embedding.
 
     ZeRO-3 has a weight whole only around the forward and the backward of the module that owns it.
     """
@@ -166,6 +180,9 @@ def _logit_losses(student: PreTrainedModel, hidden: Tensor, task: StudentTask) -
     head, teacher = _output_embedding(student), task.teacher
 
     def losses(hidden: Tensor) -> dict[str, Tensor]:
+        if task.pairs:
+            log_probs = answer_log_probs(hidden, head.weight, task.labels)
+            return {"lm": -log_probs[: task.pairs].sum(), "log_probs": log_probs}
         sums = {"lm": lm_loss_sum(hidden[rows], head.weight, labels)}
         if teacher and teacher.weight is not None:
             with gathered([teacher.weight]):

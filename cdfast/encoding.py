@@ -36,11 +36,13 @@ class Sample:
         images: in the order of the image parts: PIL images, uint8 arrays (H, W, 3), bytes,
             `cdfast.images.ImageFile`, or paths of the caller's own (opened as they are).
         source: file and record, such as `"llava.json, record 12 (id 000123)"`.
+        rejected: the answer to the last question that is not preferred, for `pairs.encode_pair`.
     """
 
     messages: list[dict]
     images: tuple = ()
     source: str = "sample"
+    rejected: str | None = None
 
 
 def check_sample(processor: Any, sample: Sample, *, turns: str = "dialogue") -> None:
@@ -109,7 +111,7 @@ def check_sample(processor: Any, sample: Sample, *, turns: str = "dialogue") -> 
     if not any(message["role"] == "assistant" for message in sample.messages):
         refuse("messages", "an assistant message", "none", "add the answer")
     if turns == "independent":
-        _single_turns(sample)
+        single_turns(sample)
 
 
 def _is_unicode(text: str) -> bool:
@@ -243,7 +245,7 @@ def _process(
     return ids[0].tolist(), extras, tensors if images else {}
 
 
-def _single_turns(sample: Sample) -> list[list[dict]]:
+def single_turns(sample: Sample) -> list[list[dict]]:
     """Split a sample into conversations of one question each, all with the images of the first."""
     system = [m for m in sample.messages[:1] if m["role"] == "system"]
     turns = sample.messages[len(system) :]
@@ -276,7 +278,7 @@ def _single_turns(sample: Sample) -> list[list[dict]]:
 def _encode_independent(
     processor: Any, template: ChatTemplate, sample: Sample, images: list
 ) -> tuple[list[int], list[int], dict, dict, int, list[int]]:
-    rendered = [template.answers(turn, sample.source) for turn in _single_turns(sample)]
+    rendered = [template.answers(turn, sample.source) for turn in single_turns(sample)]
     texts, spans = [text for text, _ in rendered], [span for _, span in rendered]
     expanded, extras, tensors = _process(processor, template, texts[0], images, sample.source)
     turns = _tokenize(template, texts, spans)

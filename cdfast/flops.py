@@ -261,7 +261,7 @@ def step_counts(
         each = (pixels.shape[-2] // patch[0]) * (pixels.shape[-1] // patch[1]) + patch[2]
         patches, patch_pairs = images * each, images * each**2
     tokens, pairs = layout.live.sum(), visible_pairs(layout)
-    known = [layout.num_samples, patches, patch_pairs, 1]
+    known = [batch.get("pairs") or layout.num_samples, patches, patch_pairs, 1]
     # Filled on the device: copying a number there would wait for all that is queued.
     samples, *vision, batches = (tokens.new_full((), n) for n in known)
     visual = layout.visual.sum(1)

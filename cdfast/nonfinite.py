@@ -187,6 +187,8 @@ class _NanGradient(torch.autograd.Function):
 
 def _teacher_tensors(teacher: TeacherOutput) -> Iterable[Tensor]:
     yield from teacher.hidden.values()
+    if teacher.log_probs is not None:
+        yield teacher.log_probs
     if teacher.targets is not None:
         # A map that keeps its inputs would be made anew; the alignment loss shows its NaN.
         yield from (m.data for m in teacher.targets.maps.values() if not m.inputs)

@@ -1,4 +1,5 @@
-"""Files of training records, and what a record says: LLaVA's `conversations` or `messages`.
+"""Files of training records, and what a record says: LLaVA's `conversations`, `messages`, or the
+`chosen` and `rejected` conversations of preference data.
 
 A record is a stranger's input: every field is checked before it is used, and what does not fit is
 a `DataError` that names the file, the record and the field. Records count from 0.
@@ -18,7 +19,7 @@ from cdfast.encoding import Sample
 from cdfast.images import DataError, ImageFile
 
 IMAGE_MARK = "<image>"
-LAYOUTS = ("conversations", "messages")
+LAYOUTS = ("conversations", "messages", "chosen")
 _LLAVA_ROLES = {
     "human": "user",
     "user": "user",
@@ -237,10 +238,10 @@ class RecordFile:
         return f"{self.name}, record {index}" + (f" ({', '.join(notes)})" if notes else "")
 
     def layout(self) -> str:
-        """Return "conversations" or "messages": what its first record that has one of them has.
+        """Return one of `LAYOUTS`: what its first record that has one of them has.
 
         Raises:
-            DataError: no record has either.
+            DataError: no record has any.
         """
         for index in range(len(self.records)):
             try:
@@ -251,17 +252,18 @@ class RecordFile:
             if found:
                 return found[0]
         raise self._unreadable(
-            "records with 'conversations' (LLaVA) or 'messages'",
-            "neither in any record",
-            "convert the file to one of the two layouts",
+            "records with 'conversations' (LLaVA), 'messages', or 'chosen' and 'rejected'",
+            "none of them in any record",
+            "convert the file to one of these layouts",
         )
 
-    def sample(self, index: int, layout: str) -> Sample:
+    def sample(self, index: int, layout: str, *, pairs: bool = False) -> Sample:
         """Return a record as a sample; its images are not opened.
 
         Args:
             index: from 0.
-            layout: "conversations" or "messages".
+            layout: one of `LAYOUTS`.
+            pairs: read its `rejected` too, where it has it; else it is not looked at.
 
         Raises:
             DataError: the record is broken.
@@ -274,11 +276,7 @@ class RecordFile:
         source = self.source(index, record)
         if not isinstance(record, dict):
             raise _broken(source, "record", "an object", record, "remove it")
-        inline: list[Any] = []
-        if layout == "conversations":
-            messages = _llava_messages(record, source)
-        else:
-            messages, inline = _messages(record, source)
+        messages, inline = _conversation(record, layout, source)
         _check_order(messages, layout, source)
         images = _images(record, inline, self.roots, source)
         marks = sum(part["type"] == "image" for m in messages for part in m["content"])
@@ -291,7 +289,8 @@ class RecordFile:
                 f"{len(images)} images and {marks} {kind}",
                 f"add or remove {kind} or images so that they match",
             )
-        return Sample(messages, images, source)
+        rejected = _rejected(record, layout, messages, source) if pairs else None
+        return Sample(messages, images, source, rejected)
 
 
 def printable(text: str) -> str:
@@ -343,9 +342,47 @@ def split_marks(text: str) -> list[dict]:
     return parts
 
 
-def _llava_messages(record: dict, source: str) -> list[dict]:
+def _conversation(record: dict, field: str, source: str) -> tuple[list[dict], list[Any]]:
+    """A record's turns as messages, and the images that stand in them.
+
+    `chosen` and `rejected` may be in either of the two styles.
+    """
+    turns = record.get(field)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if field == "conversations" or (
+        field != "messages" and isinstance(first, dict) and "from" in first
+    ):
+        return _llava_messages(record, field, source), []
+    return _messages(record, field, source)
+
+
+def _rejected(record: dict, layout: str, messages: list[dict], source: str) -> str | None:
+    """The text of the last turn's rejected answer; None where the record has none."""
+    value = record.get("rejected")
+    if value is None:
+        return None
+    if layout == "chosen":
+        turns, _ = _conversation(record, "rejected", source)
+        _check_order(turns, "rejected", source)
+        if turns[:-1] != messages[:-1]:
+            expected = "the turns of 'chosen' before its last answer"
+            raise _broken(source, "rejected", expected, "others", "correct or remove the record")
+        parts = turns[-1]["content"]
+    elif isinstance(value, str):
+        parts = split_marks(value)
+    elif isinstance(value, list):
+        parts = [_part(part, f"rejected[{n}]", source)[0] for n, part in enumerate(value)]
+    else:
+        expected = "a string or a list of text parts"
+        raise _broken(source, "rejected", expected, value, "correct the answer")
+    if any(part["type"] == "image" for part in parts):
+        raise _broken(source, "rejected", "text", "an image", "move the image to the question")
+    return "".join(part["text"] for part in parts)
+
+
+def _llava_messages(record: dict, field: str, source: str) -> list[dict]:
     messages = []
-    for where, turn in _turns(record, "conversations", source):
+    for where, turn in _turns(record, field, source):
         role = _role(turn, "from", _LLAVA_ROLES, where, source)
         value = turn.get("value")
         if not isinstance(value, str):
@@ -354,10 +391,10 @@ def _llava_messages(record: dict, source: str) -> list[dict]:
     return messages
 
 
-def _messages(record: dict, source: str) -> tuple[list[dict], list[Any]]:
+def _messages(record: dict, field: str, source: str) -> tuple[list[dict], list[Any]]:
     messages: list[dict] = []
     inline: list[Any] = []
-    for where, turn in _turns(record, "messages", source):
+    for where, turn in _turns(record, field, source):
         role = _role(turn, "role", _ROLES, where, source)
         content = turn.get("content")
         if isinstance(content, str):

@@ -134,7 +134,8 @@ def footprint(
     autocast = zero_stage == 0 and held > compute
     config = models.student.config
     shape = TextShape.of(config)
-    tokens = stage.batch_size * recipe.max_length
+    rows = stage.batch_size * (2 if stage.pairs else 1)
+    tokens = rows * recipe.max_length
     visual = min(config.image_seq_length, recipe.max_length)
     tower = _tower(models.student) if models.shared_tower else None
     states = model_states(
@@ -149,7 +150,7 @@ def footprint(
     teacher_size = _itemsize(recipe.teacher_dtype)
     tower_size = max(wide, teacher_size) if models.shared_tower else held
     tower_bytes = 0 if tower is None else tower_size * sum(p.numel() for p in tower.parameters())
-    features = tower_features(config.vision_config, stage.batch_size, tower_size)
+    features = tower_features(config.vision_config, rows, tower_size)
     kept = activations(
         shape,
         models.training,
@@ -162,13 +163,14 @@ def footprint(
         kept += compute * sum(p.numel() for p in _matrices(models.student, tower))
     maps = _maps(models, visual, checkpointing)
     teacher_shape = TextShape.of(models.teacher.config) if models.teacher is not None else None
-    answers = stage.batch_size * (recipe.max_length - visual)
+    answers = rows * (recipe.max_length - visual)
     sizes: dict[str, Any] = {
         "itemsize": held if autocast else compute,
         "teacher_itemsize": teacher_size,
         "head_trained": models.training.what == "all",
     }
-    logits = logits_chunk(shape, teacher_shape if stage.kl_weight else None, rows=answers, **sizes)
+    both = stage.kl_weight or stage.pairs  # what makes logits of the teacher's answers too
+    logits = logits_chunk(shape, teacher_shape if both else None, rows=answers, **sizes)
     if teacher_shape is not None and stage.visual_kl_weight:
         # What the losses before it have left and its own chunk: their sum is the upper bound.
         logits += logits_chunk(shape, teacher_shape, rows=stage.batch_size * visual, **sizes)

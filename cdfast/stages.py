@@ -90,9 +90,12 @@ def user_errors() -> Iterator[None]:
 def check_stages(run: Run) -> None:
     """Refuse before the first stage what would otherwise show when a later one begins.
 
+    Files of preference stages are opened here: most data have no rejected answers.
+
     Raises:
         ConfigError: a stage's data file or image root does not exist, its options are no
             `DistillationConfig`, or attention cannot be aligned as asked.
+        DataError: a record of a preference stage's files is no pair of answers.
     """
     for number, stage in enumerate(run.recipe.stages, 1):
         where = f"stage {number} ({stage.stage})"
@@ -115,6 +118,11 @@ def check_stages(run: Run) -> None:
     reason = available_backends().get(run.recipe.backend)
     if reason and any(stage.alignment_weight for stage in run.recipe.stages):
         raise ConfigError(f"backend: {run.recipe.backend!r} cannot run here: {reason}")
+    for number, stage in enumerate(run.recipe.stages, 1):
+        if stage.pairs and not (run.stage_folder(number) / STAGE_FILE).exists():
+            stage_dataset(run, number)
+            if evaluates(stage_arguments(run, number)):
+                held_out(run, pairs=True)
 
 
 def check_options(run: Run) -> None:
@@ -165,11 +173,11 @@ def _check_alignment(recipe: Recipe) -> None:
 
 
 def stage_dataset(run: Run, number: int) -> Any:
-    """The encoded training samples of a stage."""
+    """The encoded training samples of a stage: of a preference stage, pairs of answers."""
     recipe, stage = run.recipe, run.recipe.stages[number - 1]
     data = stage.data or recipe.data
     if uses_scenes(recipe, number):
-        from cdfast.synthetic import EncodedScenes, SceneDataset
+        from cdfast.synthetic import SceneDataset
 
         steps = stage.max_steps
         if steps < 1:
@@ -182,13 +190,20 @@ def stage_dataset(run: Run, number: int) -> Any:
         scenes = SceneDataset(
             "train", seed=recipe.seed * 100 + number, size=steps * per_step, **mix
         )
-        return EncodedScenes(scenes, run.processor)
-    return _opened(run, data, stage.image_root or recipe.image_root)
+        return _encoded_scenes(scenes, run.processor, stage.pairs)
+    return _opened(run, data, stage.image_root or recipe.image_root, stage.pairs)
 
 
-def _opened(run: Run, data: list[str], roots: list[str]) -> Any:
+def _encoded_scenes(scenes: Any, processor: Any, pairs: bool) -> Any:
+    from cdfast.preference_scenes import PreferenceScenes
+    from cdfast.synthetic import EncodedScenes
+
+    return (PreferenceScenes if pairs else EncodedScenes)(scenes, processor)
+
+
+def _opened(run: Run, data: list[str], roots: list[str], pairs: bool = False) -> Any:
     """The samples of files, opened once in a run."""
-    recipe, key = run.recipe, (*data, None, *roots)
+    recipe, key = run.recipe, (*data, pairs, *roots)
     if key not in run.datasets:
         run.datasets[key] = load_dataset(
             data,
@@ -198,28 +213,34 @@ def _opened(run: Run, data: list[str], roots: list[str]) -> Any:
             turns=recipe.turns,
             on_error=recipe.on_error,
             max_pixels=recipe.max_pixels,
+            pairs=pairs,
         )
     return run.datasets[key]
 
 
-def held_out(run: Run) -> Any:
+def held_out(run: Run, pairs: bool = False) -> Any:
     """Samples that no stage trains on: of eval_data, or fresh scenes; None where there are none."""
     recipe, number = run.recipe, len(run.recipe.stages)
     if recipe.eval_data:
-        return _opened(run, recipe.eval_data, recipe.eval_image_root or recipe.image_root)
+        return _opened(run, recipe.eval_data, recipe.eval_image_root or recipe.image_root, pairs)
     if uses_scenes(recipe, number):
-        from cdfast.synthetic import EncodedScenes, SceneDataset
+        from cdfast.synthetic import SceneDataset
 
         mix = stage_dataset(run, number).scenes.turns_mix
         size = max(64, recipe.eval_samples)
-        return EncodedScenes(SceneDataset("validation", size=size, turns_mix=mix), run.processor)
+        scenes = SceneDataset("validation", size=size, turns_mix=mix)
+        return _encoded_scenes(scenes, run.processor, pairs)
     return None
 
 
 def probe_samples(run: Run) -> Any:
     """Samples to compare attention on at the end: held out where there are any, else trained on."""
     samples = held_out(run)
-    return stage_dataset(run, len(run.recipe.stages)) if samples is None else samples
+    if samples is None:
+        numbers = range(1, len(run.recipe.stages) + 1)
+        single = [n for n in numbers if not run.recipe.stages[n - 1].pairs]
+        samples = stage_dataset(run, (single or numbers)[-1])
+    return samples
 
 
 def trained_scenes(run: Run) -> set[Any]:
@@ -275,6 +296,7 @@ def stage_arguments(run: Run, number: int) -> Any:
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         **{name: getattr(stage, name) for name in WEIGHTS},
+        "preference_beta": stage.preference_beta,
         **{
             name: getattr(recipe, name)
             for name in (
@@ -363,7 +385,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
             teacher=run.teacher if stage.needs_teacher else None,
             args=arguments,
             train_dataset=stage_dataset(run, number),
-            eval_dataset=held_out(run) if probe else None,
+            eval_dataset=held_out(run, stage.pairs) if probe else None,
             probe=probe,
             data_collator=VisionTextCollator(run.processor.tokenizer.pad_token_id),
             processing_class=run.processor,

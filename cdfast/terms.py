@@ -11,6 +11,9 @@ from typing import Any
 
 # What a term is a mean over, counted over the whole global step.
 ANSWER_ROWS, VISUAL_ROWS, IMAGE_SAMPLES = "answer rows", "visual rows", "samples with an image"
+PAIRS = "pairs of answers"
+# A rate, not a loss: how many pairs have the larger reward on the chosen answer.
+PREFERENCE_ACCURACY = "preference_accuracy"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ TERMS = (
     Term("hidden", "hidden-state", ANSWER_ROWS, None),
     Term("visual_kl", "visual KL", VISUAL_ROWS, "nats per visual token"),
     Term("relation", "relation", IMAGE_SAMPLES, "1 − cosine"),
+    Term("preference", "preference", PAIRS, "0 to 1"),
 )
 # CompoDistill's own: tables have them even where they are 0.
 OWN = ("lm", "kl", "alignment")

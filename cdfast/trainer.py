@@ -18,14 +18,28 @@ from cdfast.attention import keep_alignment_in_layers, use_cdfast_attention
 from cdfast.distill import LossOptions, StudentTask, TeacherTask, add_task, loss_rows
 from cdfast.engine import is_sharded, place_teacher, require_stage
 from cdfast.hidden_projector import add_hidden_projector, load_hidden_projector, split_state
+from cdfast.losses import answer_rows
 from cdfast.metrics import Throughput, ThroughputCallback, shorten_progress
 from cdfast.nonfinite import LOG_KEY, NonFiniteSteps
 from cdfast.optim import muon_with_adamw
+from cdfast.preference import kto_pair_sum, larger_reward_sum, reference_kl
 from cdfast.probes import undisturbed
 from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
-from cdfast.terms import ANSWER_ROWS, IMAGE_SAMPLES, LOSS_NAMES, TEACHER_WEIGHTS, TERMS, VISUAL_ROWS
+from cdfast.terms import (
+    ANSWER_ROWS,
+    IMAGE_SAMPLES,
+    LOSS_NAMES,
+    PAIRS,
+    PREFERENCE_ACCURACY,
+    TEACHER_WEIGHTS,
+    TERMS,
+    VISUAL_ROWS,
+)
 from cdfast.watch import note
+
+# What has a count of its own and is logged as a mean over it.
+_MEANS = (*LOSS_NAMES, PREFERENCE_ACCURACY)
 
 
 class LayoutCollator:
@@ -139,7 +153,7 @@ class DistillationTrainer(ResumableTrainer):
                 )
         self.aligner = aligner if args.alignment_weight > 0 else None
         self.losses = LossOptions(
-            frozenset(n.removesuffix("_weight") for n in wanted) - {"alignment"},
+            frozenset(n.removesuffix("_weight") for n in wanted) - {"alignment", "preference"},
             kl_objective=args.kl_objective,
             hidden_objective=args.hidden_objective,
             unshifted_kl_mask=args.unshifted_kl_mask,
@@ -164,7 +178,7 @@ class DistillationTrainer(ResumableTrainer):
         self.throughput = Throughput(
             student,
             teacher_model if self.teacher is not None else None,
-            teacher_logits=args.kl_weight > 0,
+            teacher_logits=args.kl_weight > 0 or args.preference_weight > 0,
             device=args.device,
             dtype=half or student.dtype,
             losses=self.losses.used,
@@ -181,7 +195,7 @@ class DistillationTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The batches of one global step and its counts over all ranks, in the order of TERMS."""
+        """The batches of one global step and its counts over all ranks, see `_counts`."""
         note(step=self.state.global_step + 1, phase="data")
         self.throughput.begin_step()
         self._sums_before_step = dict(self._sums_since_log)
@@ -198,20 +212,23 @@ class DistillationTrainer(ResumableTrainer):
             return batches, None
         each = [self._counts(batch) for batch in batches]
         for batch, (lm, kl, *_) in zip(batches, each):
+            if "pairs" in batch:  # both models make logits of both answers
+                lm = kl = answer_rows(batch["labels"]).sum()
             self.throughput.count(batch, lm, kl)
         counts = torch.stack(each).sum(0).to(device)
-        return batches, self.accelerator.gather(counts).view(-1, len(LOSS_NAMES)).sum(0)
+        return batches, self.accelerator.gather(counts).view(-1, len(_MEANS)).sum(0)
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
-        """(len(TERMS),) what each term's sum over this batch is a sum over."""
-        labels, layout = batch["labels"], batch["layout"]
-        answers, visual = (loss_rows(kind, labels, layout).sum() for kind in ("answer", "visual"))
+        """(len(_MEANS),) what each sum over this batch is a sum over."""
+        labels, layout, pairs = batch["labels"], batch["layout"], batch.get("pairs", 0)
+        answers = answer_rows(labels[: pairs or None]).sum()  # of pairs: the chosen ones
+        visual = loss_rows("visual", labels, layout).sum()
         # new_full, not new_tensor, which would wait for the device.
-        images = answers.new_full((), layout.num_image_samples)
-        counts = {ANSWER_ROWS: answers, VISUAL_ROWS: visual, IMAGE_SAMPLES: images}
-        found = {term.name: counts[term.counted] for term in TERMS}
+        images, both = (answers.new_full((), n) for n in (layout.num_image_samples, pairs))
+        counts = {ANSWER_ROWS: answers, VISUAL_ROWS: visual, IMAGE_SAMPLES: images, PAIRS: both}
+        found = {term.name: counts[term.counted] for term in TERMS} | {PREFERENCE_ACCURACY: both}
         found["kl"] = loss_rows(self.losses.rows("kl"), labels, layout).sum()
-        return torch.stack([found[name] for name in LOSS_NAMES])
+        return torch.stack([found[name] for name in _MEANS])
 
     def compute_loss(
         self,
@@ -231,34 +248,64 @@ class DistillationTrainer(ResumableTrainer):
         if counts is None:
             counts = self._counts(inputs).to(self.args.device)
         aligner = self._calibrated_aligner(inputs)
+        pairs = self._pairs(inputs)
         given = {k: v for k, v in model_inputs(inputs).items() if k != "labels"}
         common = (inputs["labels"], inputs["layout"])
         teacher = None
         if self.teacher is not None:
             self._begin("teacher", training)
             sharded = self.args.teacher_placement != "replicated"
-            asked = TeacherTask(*common, aligner, self.losses, blank_image=sharded)
+            asked = TeacherTask(*common, aligner, self.losses, sharded, pairs)
             with torch.no_grad():
                 self.teacher(**given, task=asked)
             teacher = asked.output
         self._begin("student", training)
         zero = self.args.zero_stage > 0
-        task = StudentTask(*common, teacher, aligner, self.losses, zero, self._grams)
+        task = StudentTask(*common, teacher, aligner, self.losses, zero, self._grams, pairs)
         sums: dict[str, Tensor] = model(**given, task=task)
+        if pairs:
+            sums = self._preference(sums)
         means = {
             name: sums[name].float() / counts[i].clamp_min(1)
-            for i, name in enumerate(LOSS_NAMES)
+            for i, name in enumerate(_MEANS)
             if name in sums
         }
         if model.training:
             for name, value in means.items():
                 before = self._sums_since_log.get(name, torch.zeros_like(value))
                 self._sums_since_log[name] = before + value.detach()
-        total = torch.stack([getattr(self.args, f"{n}_weight") * v for n, v in means.items()]).sum()
+        weighted = [getattr(self.args, t.weight) * means[t.name] for t in TERMS if t.name in means]
+        total = torch.stack(weighted).sum()
         loss = total * self.accelerator.num_processes if training else total
         if training:
             loss = self.nonfinite.check(loss, means, teacher, inputs.get("sample_ids"))
         return (loss, {"loss": total, **means}) if return_outputs else loss
+
+    def _pairs(self, inputs: Mapping[str, Any]) -> int:
+        """The number of pairs of answers in a batch, 0 without a preference loss."""
+        pairs = inputs.get("pairs", 0)
+        if bool(pairs) != (self.args.preference_weight > 0):
+            wanted, got = ("no pairs", "some") if pairs else ("pairs of answers", "none")
+            raise ValueError(
+                f"preference_weight: expected {wanted} in a batch, because it is "
+                f"{self.args.preference_weight:g}; got {got}. Pairs are samples of "
+                "cdfast.pairs.encode_pair, such as those of load_dataset(..., pairs=True)."
+            )
+        return pairs
+
+    def _preference(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`sums` with the preference loss in place of the ratios that it is made of.
+
+        A collective: KL is a mean over the pairs of all ranks, of this forward pass and not of the
+        other accumulation steps, whose ratios are gone or still to come.
+        """
+        ratios = sums.pop("log_ratios").float()
+        chosen, rejected = ratios.detach().chunk(2)
+        own = torch.stack([chosen.sum(), rejected.sum(), chosen.new_full((), len(chosen))])
+        kl = reference_kl(self.accelerator.gather(own[None]).view(-1, len(own)))
+        sums["preference"] = kto_pair_sum(ratios, kl, self.args.preference_beta)
+        sums[PREFERENCE_ACCURACY] = larger_reward_sum(ratios)
+        return sums
 
     def _begin(self, phase: str, training: bool) -> None:
         """For a message about a lost rank, and for the shares of the time."""
@@ -317,7 +364,8 @@ class DistillationTrainer(ResumableTrainer):
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds loss_<name> of each term used: unweighted means over the steps since the last.
+        """Adds loss_<name> of each term used, and preference_accuracy: unweighted means over the
+        steps since the last.
 
         Skipped steps are in no mean, and counted in skipped_steps.
         """
@@ -326,10 +374,12 @@ class DistillationTrainer(ResumableTrainer):
                 name: self.accelerator.gather(value.reshape(1)).sum().item() / self._steps_since_log
                 for name, value in self._sums_since_log.items()
             }
-            logs |= {f"loss_{name}": mean for name, mean in means.items()}
+            logs |= {_logged(name): mean for name, mean in means.items()}
             if self.nonfinite.since_log:
                 # Trainer's own mean counts the skipped steps.
-                logs["loss"] = sum(getattr(self.args, f"{n}_weight") * m for n, m in means.items())
+                logs["loss"] = sum(
+                    getattr(self.args, t.weight) * means[t.name] for t in TERMS if t.name in means
+                )
                 if not means:
                     del logs["loss"]
             if self.nonfinite.total:
@@ -356,7 +406,7 @@ class DistillationTrainer(ResumableTrainer):
             loss, means = self.compute_loss(model, inputs, return_outputs=True)
         counts = self._counts(inputs).to(loss.device).double()
         zero = counts.new_zeros(())
-        sums = torch.stack([means.get(n, zero).double() * c for n, c in zip(LOSS_NAMES, counts)])
+        sums = torch.stack([means.get(n, zero).double() * c for n, c in zip(_MEANS, counts)])
         self._evaluated = self._evaluated + torch.stack([sums, counts])
         return loss.detach(), None, None
 
@@ -372,18 +422,17 @@ class DistillationTrainer(ResumableTrainer):
 
         In an evaluation, not in a prediction, with what the probe measures.
         """
-        self._evaluated = torch.zeros(
-            2, len(LOSS_NAMES), dtype=torch.float64, device=self.args.device
-        )
+        self._evaluated = torch.zeros(2, len(_MEANS), dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
         totals = self.accelerator.gather(self._evaluated[None]).sum(0)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = dict(zip(LOSS_NAMES, (totals[0] / totals[1].clamp_min(1)).tolist()))
+        means = dict(zip(_MEANS, (totals[0] / totals[1].clamp_min(1)).tolist()))
         weights = {n: getattr(self.args, f"{n}_weight") for n in LOSS_NAMES}
         distilled = [t.name for t in TERMS if t.needs_teacher and self.teacher]
         used = ["lm", *(name for name in distilled if weights[name] > 0)]
         losses = {f"{prefix}_loss": sum(weights[n] * means[n] for n in used)}
-        losses |= {f"{prefix}_loss_{n}": means[n] for n in used}
+        shown = [*used, *([PREFERENCE_ACCURACY] if "preference" in used else [])]
+        losses |= {f"{prefix}_{_logged(n)}": means[n] for n in shown}
         if self.probe is not None and prefix.startswith("eval"):
             losses |= {f"{prefix}_{name}": value for name, value in self.probe(self).items()}
         return output._replace(metrics={**(output.metrics or {}), **losses})
@@ -405,6 +454,10 @@ class DistillationTrainer(ResumableTrainer):
             super()._load_best_model()
         if best and not sharded and model is not None:
             load_hidden_projector(unwrap_model(model), Path(best))
+
+
+def _logged(name: str) -> str:
+    return name if name == PREFERENCE_ACCURACY else f"loss_{name}"
 
 
 def _load_weights(model: PreTrainedModel, checkpoint: str) -> None:

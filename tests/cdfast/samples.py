@@ -32,3 +32,23 @@ class TinySamples(torch.utils.data.Dataset):
             "images": images,
             "source": f"tiny, sample {index}",
         }
+
+
+class TinyPairs(torch.utils.data.Dataset):
+    """`size` pairs as `cdfast.pairs.encode_pair` returns them; answers differ in length."""
+
+    def __init__(self, size, seed=0, text_only_every=4):
+        self.chosen = TinySamples(size, seed, text_only_every)
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, index):
+        chosen = self.chosen[index]
+        prompt = int((chosen["labels"] == -100).sum())
+        generator = torch.Generator().manual_seed(77 + index)
+        answer = torch.randint(3, IMAGE_TOKEN, (1 + index % 5,), generator=generator)
+        ids = torch.cat([chosen["input_ids"][:prompt], answer])
+        labels = ids.clone()
+        labels[:prompt] = -100
+        return {**chosen, "rejected": {**chosen, "input_ids": ids, "labels": labels}}

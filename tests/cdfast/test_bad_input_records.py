@@ -210,7 +210,7 @@ FILES = {
     "of no bytes": (b"", ", line 1", "Expecting value", "repair"),
     "UTF-16": (WHOLE.decode().encode("utf-16"), ": file", "UnicodeDecodeError", "repair"),
     "Latin-1": ('["é"]'.encode("latin-1"), ": file", "UnicodeDecodeError", "repair"),
-    "a list in a list": (b"[[]]", ": file", "neither in any record", "convert"),
+    "a list in a list": (b"[[]]", ": file", "none of them in any record", "convert"),
     "a string": (b'"conversations"', ": file", "a JSON str", "list"),
     "NaN": (b"NaN", ": file", "a JSON float", "list"),
     "5000 digits": (b'[{"id": 1}, %s]' % HUGE, ": file", "record 1: ValueError", "correct"),

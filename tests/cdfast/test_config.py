@@ -282,17 +282,21 @@ def test_no_argument_means_the_miniature():
 # -- stages ----------------------------------------------------------------------------------------
 
 
+NONE = dict.fromkeys(STAGES, 0.0)
+
+
 def test_default_weights_of_the_stages():
-    assert weights(recipe(), "lm_weight") == dict.fromkeys(STAGES, 1.0)
-    assert weights(recipe(), "kl_weight") == {"pretrain": 0, "sft": 0, "dpt": 1, "dft": 1}
-    assert weights(recipe(), "alignment_weight") == {"pretrain": 0, "sft": 0, "dpt": 0, "dft": 1}
+    assert weights(recipe(), "lm_weight") == {**dict.fromkeys(STAGES, 1.0), "preference": 0}
+    assert weights(recipe(), "kl_weight") == {**NONE, "dpt": 1, "dft": 1}
+    assert weights(recipe(), "alignment_weight") == {**NONE, "dft": 1}
+    assert weights(recipe(), "preference_weight") == {**NONE, "preference": 1}
 
 
 @pytest.mark.parametrize("name", ["hidden_weight", "visual_kl_weight", "relation_weight"])
 def test_losses_of_other_systems_are_off_and_stay_out_of_stages_without_a_teacher(name):
     assert weights(recipe(), name) == dict.fromkeys(STAGES, 0.0)
     changed = override(recipe(), {name: 0.5, "kl_weight": 0, "alignment_weight": 0})
-    assert weights(changed, name) == {"pretrain": 0, "sft": 0, "dpt": 0.5, "dft": 0.5}
+    assert weights(changed, name) == {**NONE, "dpt": 0.5, "dft": 0.5}
     without = override(changed, {"teacher": "none", "taf": False})
     option = name.replace("_", "-")
     with pytest.raises(ConfigError, match=f"Give --teacher PATH, or --{option} 0."):
@@ -303,13 +307,19 @@ SYSTEMS = ["", "-sft", "-llavadi", "-llava-kd", "-llava-mod", "-official"]
 
 
 def test_miniatures_of_all_systems_have_equal_steps_and_mixes():
-    found = [load_recipe(f"miniature{system}").stages for system in SYSTEMS]
+    found = {system: load_recipe(f"miniature{system}").stages for system in SYSTEMS}
     schedules = {
-        tuple((s.max_steps, s.batch_size, tuple(s.turns_mix), s.learning_rate) for s in stages)
-        for stages in found
+        system: [(s.max_steps, s.batch_size, s.turns_mix, s.learning_rate) for s in stages]
+        for system, stages in found.items()
     }
-    assert len(schedules) == 1
-    assert sum(steps for steps, *_ in schedules.pop()) == 520
+    assert all(sum(steps for steps, *_ in s) == 520 for s in schedules.values())
+    # The preference stage stands for the last 40 steps.
+    preferring = schedules.pop("-llava-mod")
+    assert [steps for steps, *_ in preferring] == [20, 200, 260, 40]
+    assert found["-llava-mod"][-1].stage == "preference"
+    want = schedules[""]
+    assert all(schedule == want for schedule in schedules.values())
+    assert [rest for _, *rest in preferring[:3]] == [rest for _, *rest in want[:3]]
 
 
 def test_recipes_of_the_systems_have_their_losses():
@@ -322,16 +332,33 @@ def test_recipes_of_the_systems_have_their_losses():
         assert kd == [("dpt", distilled), ("sft", "LM 1"), ("dft", distilled)]
         di = terms(f"{prefix}llavadi{suffix}")[:2]
         assert di == [("pretrain", "LM 1"), ("dft", "LM 1 + KL 1 + hidden-state 1")]
-        assert terms(f"{prefix}llava-mod{suffix}")[:2] == [("pretrain", "LM 1"), ("dft", "KL 1")]
+        mod = terms(f"{prefix}llava-mod{suffix}")
+        assert mod[:2] == [("pretrain", "LM 1"), ("dft", "KL 1")]
+        assert mod[-1] == ("preference", "preference 1")
+        assert load_recipe(f"{prefix}llava-mod{suffix}").stages[-1].preference_beta == 0.1
         assert load_recipe(f"{prefix}llava-mod{suffix}").kl_objective == "soft_ce"
         assert load_recipe(f"{prefix}llavadi{suffix}").hidden_objective == "mse"
 
 
 def test_unprefixed_weight_stays_out_of_stages_without_that_loss():
-    changed = override(recipe(), {"kl_weight": 0.5, "alignment_weight": "3", "lm_weight": 2})
-    assert weights(changed, "kl_weight") == {"pretrain": 0, "sft": 0, "dpt": 0.5, "dft": 0.5}
-    assert weights(changed, "alignment_weight") == {"pretrain": 0, "sft": 0, "dpt": 0, "dft": 3}
-    assert weights(changed, "lm_weight") == dict.fromkeys(STAGES, 2.0)
+    given = {"kl_weight": 0.5, "alignment_weight": "3", "lm_weight": 2, "preference_weight": 4}
+    changed = override(recipe(), given)
+    assert weights(changed, "kl_weight") == {**NONE, "dpt": 0.5, "dft": 0.5}
+    assert weights(changed, "alignment_weight") == {**NONE, "dft": 3}
+    assert weights(changed, "lm_weight") == {**dict.fromkeys(STAGES, 2.0), "preference": 0}
+    assert weights(changed, "preference_weight") == {**NONE, "preference": 4}
+
+
+def test_pairs_are_the_data_of_one_loss_alone():
+    with pytest.raises(ConfigError, match=r"stage 1 \(dft\): expected no other loss .*kl_weight"):
+        from_dict(Recipe, {"stages": [{"stage": "dft", "preference_weight": 1}]})
+    with pytest.raises(ConfigError, match=r"Give --preference.hidden-weight 0"):
+        from_dict(Recipe, {"stages": [{"stage": "preference", "hidden_weight": 0.5}]})
+    with pytest.raises(ConfigError, match=r"preference_beta: .*expected more than 0; got 0"):
+        from_dict(Recipe, {"stages": [{"stage": "preference", "preference_beta": 0}]})
+    both = {"stage": "preference", "lm_weight": 0.1}
+    assert from_dict(Recipe, {"stages": [both]}).stages[0].pairs
+    assert [s.stage for s in recipe().stages if s.pairs] == ["preference"]
 
 
 def test_prefixed_option_goes_to_that_kind_of_stage_alone():
@@ -350,7 +377,7 @@ def test_prefixed_option_goes_to_that_kind_of_stage_alone():
 
 def test_prefix_wins_over_an_unprefixed_option_given_before():
     changed = override(recipe(), {"learning_rate": "1e-3", "dft.learning_rate": "1e-5"})
-    want = {"pretrain": 1e-3, "sft": 1e-3, "dpt": 1e-3, "dft": 1e-5}
+    want = {**dict.fromkeys(STAGES, 1e-3), "dft": 1e-5}
     assert weights(changed, "learning_rate") == want
 
 
@@ -457,6 +484,7 @@ def test_data_of_a_stage_stands_for_the_recipes():
 
 def test_no_teacher_is_needed_where_no_stage_distils():
     options = {"kl_weight": 0, "alignment_weight": 0, "taf": False, "teacher": "none"}
+    options |= {"preference.preference_weight": 0, "preference.lm_weight": 1}
     changed = override(recipe(), options)
     assert changed.teacher is None
     changed.check_runnable()

@@ -15,7 +15,7 @@ from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import assemble_student, set_trainable, share_vision_tower
 from cdfast.collator import VisionTextCollator
 from cdfast.engine import full_state_dict, release_engine, unsharded_loading, zero_config
-from tests.cdfast.samples import TinySamples
+from tests.cdfast.samples import TinyPairs, TinySamples
 from tests.cdfast.tiny_models import sharpen, tiny_language_model, tiny_teacher
 
 GLOBAL_BATCH, STEPS = 4, 3
@@ -24,6 +24,11 @@ TEXT_ONLY_SECOND = [0, 1, 3, 7, 2, 4, 5, 11, 6, 8, 9, 15]
 TEXT_ONLY_FIRST = [3, 7, 0, 1, 4, 5, 11, 15, 2, 6, 8, 3]
 # The second batches of both ranks have none either.
 TEXT_ONLY_BOTH = [0, 1, 3, 7, 3, 7, 11, 15, 4, 5, 6, 8]
+PREFERENCE = {
+    "preference_weight": 1.0,
+    "preference_beta": 1.0,
+    **dict.fromkeys(("lm_weight", "kl_weight", "alignment_weight"), 0.0),
+}
 # The losses of the systems that the paper compares.
 SYSTEMS = {
     "hidden_weight": 1.0,
@@ -64,6 +69,8 @@ CASES = {
         "order": TEXT_ONLY_SECOND,
         "options": {**SYSTEMS, "hidden_objective": "mse", "gradient_checkpointing": True},
     },
+    # On pairs of answers; KL is a mean over the pairs of all ranks.
+    "preference": {"batch": 2, "order": TEXT_ONLY_SECOND, "pairs": True, "options": PREFERENCE},
 }
 
 
@@ -74,7 +81,7 @@ SETUPS = {
     "zero1": ({"zero_stage": 1}, ["plain", "accumulation", "lora"]),
     "zero2": (
         {"zero_stage": 2, "teacher_placement": "offloaded"},
-        ["plain", "accumulation", "lora", "systems", *TEXT_CASES],
+        ["plain", "accumulation", "lora", "systems", "preference", *TEXT_CASES],
     ),
     "zero3": ({"zero_stage": 3}, ["plain", "accumulation", "recomputation", "lora"]),
     "zero3, sharded teacher": (
@@ -132,7 +139,7 @@ def run_case(case, folder, processes, setup="ddp"):
     if processes == 1:
         batch, accumulation = GLOBAL_BATCH, 1
     assert processes * batch * accumulation == GLOBAL_BATCH
-    samples = TinySamples(16)
+    samples = (TinyPairs if chosen.get("pairs") else TinySamples)(16)
     order = chosen.get("order", range(GLOBAL_BATCH * STEPS))
     teacher, student = make_student(chosen.get("train", "everything"))
     trainer = InOrder(
@@ -152,8 +159,12 @@ def run_case(case, folder, processes, setup="ddp"):
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",
-            alignment_weight=2.0,
-            **{"layers": "all", **chosen.get("options", {}), **zero_options(SETUPS[setup][0])},
+            **{
+                "layers": "all",
+                "alignment_weight": 2.0,
+                **chosen.get("options", {}),
+                **zero_options(SETUPS[setup][0]),
+            },
         ),
         train_dataset=torch.utils.data.Subset(samples, list(order)),
         data_collator=VisionTextCollator(0),
@@ -177,7 +188,8 @@ def main(folder, setup):
         processes = int(os.environ["WORLD_SIZE"])
         _, after, trainer = run_case(case, folder, processes, setup)
         gathered = [None] * processes
-        torch.distributed.all_gather_object(gathered, (after, trainer.aligner.matches))
+        matches = trainer.aligner.matches if trainer.aligner else None
+        torch.distributed.all_gather_object(gathered, (after, matches))
         if trainer.is_world_process_zero():
             log = [entry for entry in trainer.state.log_history if "loss" in entry]
             torch.save({"ranks": gathered, "log": log}, folder / f"{case}.pt")
