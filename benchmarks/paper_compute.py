@@ -17,6 +17,7 @@ from cdfast.flops import COUNTS, patch_size, step_counts, step_flops
 from cdfast.losses import answer_rows, unshifted_rows
 from cdfast.models import load_processor
 from cdfast.stages import Run, stage_dataset
+from cdfast.terms import TERMS
 
 # Batches whose mean stands for all of a stage: tokens per scene vary by a few percent.
 COUNTED_BATCHES = 8
@@ -45,7 +46,8 @@ def stage_flops(run: Run, number: int) -> float:
             parent, name, _ = vision_tower(student)
             setattr(parent, name, vision_tower(teacher)[2])
     set_trainable(student, projector=True, language_model=stage.stage not in PROJECTOR_ONLY)
-    per = step_flops(student, teacher, teacher_logits=bool(stage.kl_weight))
+    losses = [term.name for term in TERMS if getattr(stage, term.weight)]
+    per = step_flops(student, teacher, bool(stage.kl_weight), losses)
     counts = _counts_per_step(run, number, student)
     return stage.max_steps * sum(per[name] * counts[name] for name in COUNTS)
 
