@@ -18,7 +18,7 @@ from cdfast import VisualAttentionAligner
 from cdfast.data import VisionTextCollator, encode
 from cdfast.synthetic import SceneDataset, build_student, teacher_path
 
-STEPS, BATCH = 12, 8  # samples of all ranks together
+STEPS, BATCH = 8, 8  # samples of all ranks together
 device = torch.device("cpu")
 if torch.cuda.is_available():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -24,7 +24,7 @@ teacher = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
 # real: AutoModelForImageTextToText.from_pretrained("llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
 student = build_student().to(device).train()
 # real: samples = cdfast.data.load_dataset("train.json", "folder/of/images", processor)
-scenes = SceneDataset(size=256, turns_mix={"vqa": 1})
+scenes = SceneDataset(size=176, turns_mix={"vqa": 1})
 samples = [encode(processor, scene) for scene in scenes]
 
 

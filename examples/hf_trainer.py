@@ -30,7 +30,7 @@ class AlignedTrainer(Trainer):  # set its aligner before train()
 
 args = TrainingArguments(
     output_dir="runs/hf_trainer",
-    max_steps=30,
+    max_steps=20,
     per_device_train_batch_size=8,
     learning_rate=2e-3,
     logging_steps=5,
@@ -41,7 +41,7 @@ args = TrainingArguments(
 processor = AutoProcessor.from_pretrained(teacher_path())
 teacher = AutoModelForImageTextToText.from_pretrained(teacher_path(), dtype=torch.float32)
 teacher, student = teacher.to(args.device).eval(), build_student().to(args.device)
-scenes = SceneDataset(size=256, turns_mix={"vqa": 1})
+scenes = SceneDataset(size=176, turns_mix={"vqa": 1})
 samples = [encode(processor, scene) for scene in scenes]
 collate = VisionTextCollator(processor.tokenizer.pad_token_id)
 trainer = AlignedTrainer(student, args, collate, samples[16:], samples[:16])

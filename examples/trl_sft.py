@@ -34,7 +34,7 @@ class AlignedSFTTrainer(SFTTrainer):  # set its aligner before train()
 
 args = SFTConfig(
     output_dir="runs/trl_sft",
-    max_steps=30,
+    max_steps=20,
     per_device_train_batch_size=8,
     learning_rate=2e-3,
     logging_steps=5,
@@ -48,7 +48,7 @@ teacher, student = teacher.to(args.device).eval(), build_student().to(args.devic
 processor = AutoProcessor.from_pretrained(teacher_path())
 rows = [
     {"image": Image.fromarray(s.images[0]), "prompt": s.messages[:1], "completion": s.messages[1:]}
-    for s in SceneDataset(size=256, turns_mix={"vqa": 1})
+    for s in SceneDataset(size=176, turns_mix={"vqa": 1})
 ]
 train, held_out = Dataset.from_list(rows[16:]), Dataset.from_list(rows[:16])
 trainer = AlignedSFTTrainer(student, args, None, train, held_out, processor)
