@@ -50,9 +50,10 @@ for step in range(STEPS):
     shares = torch.stack([output.loss, alignment.sum / samples])
     optimizer.zero_grad()
     (shares.sum() * ranks).backward()  # FSDP takes the mean of the gradients over ranks
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).full_tensor()
     optimizer.step()
-    losses = shares.detach()
-    dist.all_reduce(losses)
+    dist.all_reduce(losses := shares.detach())
     if rank == 0:
-        print(f"step {step}: LM {losses[0]:.6f}, alignment {losses[1]:.6f}", flush=True)
+        lm, align = losses.tolist()
+        print(f"step {step}: LM {lm:.6f}, alignment {align:.6f}, gradient norm {norm:.6f}")
 dist.destroy_process_group()

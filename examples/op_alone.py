@@ -44,7 +44,7 @@ mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
 mask[-1, 80:] = False  # the last sample is shorter
 layout = VisualLayout.from_mask(visual, mask).to(device)  # once per batch, for all layers
 
-for step in range(201):
+for step in range(101):
     x = torch.randn(BATCH, TOKENS, WIDTH, device=device)
     with torch.no_grad():
         q, k, v = teacher(x)
@@ -55,5 +55,5 @@ for step in range(201):
     optimizer.zero_grad()
     (task + alignment).backward()
     optimizer.step()
-    if step % 50 == 0:
+    if step % 25 == 0:
         print(f"step {step}: task {task.item():.3f}, alignment {alignment.item():.3f}")
