@@ -47,7 +47,7 @@ for step in range(STEPS):
     output, alignment = aligner.student_forward(targets, **batch, num_items_in_batch=tokens)
     samples = torch.tensor(alignment.count, device=device)
     dist.all_reduce(samples)  # samples with an image on all ranks
-    shares = torch.stack([output.loss, alignment.sum / samples])
+    shares = torch.stack([output.loss, alignment.sum / samples.clamp(min=1)])
     optimizer.zero_grad()
     (shares.sum() * ranks).backward()  # FSDP takes the mean of the gradients over ranks
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).full_tensor()
