@@ -25,7 +25,7 @@ from cdfast.matching import (
     match_official,
     match_simple,
 )
-from cdfast.similarity import layer_similarity, model_inputs, num_layers
+from cdfast.similarity import layer_similarity, matched_similarity, model_inputs, num_layers
 
 OBJECTIVES = ("row", "map", "pooled", "mse", "kl")
 PRESETS: dict[str, dict[str, str]] = {
@@ -127,8 +127,13 @@ class VisualAttentionAligner:
     loss = student_out.loss + alignment.loss
     ```
 
-    After wrapping the student (DDP, FSDP), set `aligner.student` to the wrapped model, so that
-    `student_forward` goes through it.
+    After wrapping the student in DDP, set `aligner.student` to the wrapped model, so that
+    `student_forward` goes through it. Where a trainer calls the student, hand it a context:
+
+    ```python
+    context = aligner.student_context(targets)
+    loss = model(**batch, alignment=context).loss + aligner.alignment(context).loss
+    ```
 
     Args:
         teacher, student: Hugging Face vision-language models that share tokenizer and visual
@@ -270,6 +275,23 @@ class VisualAttentionAligner:
         inputs = {**model_inputs(batch), "use_cache": False}
         output = self.student(**inputs, alignment=context)
         return output, self.alignment(context)
+
+    def similarity(self, **batch: Any) -> dict[int, float]:
+        """How alike the two models look at one batch, as they are; no gradient.
+
+        Returns:
+            student layer -> cosine between its map and the mean map of its teacher window, mean
+            over the text tokens that see an image: 1 where both look alike, NaN without an image.
+        """
+        return matched_similarity(
+            self.teacher,
+            self.student,
+            batch,
+            self.layout(batch),
+            self._matches(),
+            rows="text",
+            backend=self.backend,
+        )
 
     # -- adaptive matching ---------------------------------------------------------------------
 

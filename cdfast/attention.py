@@ -10,8 +10,7 @@ computes stock attention, so it generates and evaluates as before.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +60,6 @@ class AttentionCall(NamedTuple):
 Probe = Callable[[AttentionCall], Tensor]
 
 
-@dataclass(eq=False)
 class AlignmentContext:
     """One batch's passage through one model: what its layers need, and what they hand back.
 
@@ -75,16 +73,26 @@ class AlignmentContext:
         probes: layer -> what is called with its fused attention (analysis; no other use of it).
     """
 
-    layout: VisualLayout
-    objective: str = "row"
-    backend: str = "auto"
-    map_layers: frozenset[int] = frozenset()
-    targets: dict[int, VisualMap] = field(default_factory=dict)
-    probes: dict[int, Probe] = field(default_factory=dict)
-    maps: dict[int, VisualMap] = field(default_factory=dict, init=False)
-    losses: dict[int, Tensor] = field(default_factory=dict, init=False)
-    with_grad: bool = field(default_factory=torch.is_grad_enabled, init=False)
-    _mask: Tensor | None = field(default=None, init=False, repr=False)
+    # No dataclass: FSDP rebuilds those that it finds among a module's arguments, and the layers
+    # would hand their losses to copies.
+    def __init__(
+        self,
+        layout: VisualLayout,
+        *,
+        objective: str = "row",
+        backend: str = "auto",
+        map_layers: frozenset[int] = frozenset(),
+        targets: Mapping[int, VisualMap] | None = None,
+        probes: Mapping[int, Probe] | None = None,
+    ):
+        self.layout = layout
+        self.objective, self.backend = objective, backend
+        self.map_layers = map_layers
+        self.targets, self.probes = dict(targets or {}), dict(probes or {})
+        self.maps: dict[int, VisualMap] = {}
+        self.losses: dict[int, Tensor] = {}
+        self.with_grad = torch.is_grad_enabled()
+        self._mask: Tensor | None = None
 
     def dense_mask(self) -> Tensor:
         """(B, 1, N, N) bool for layers that run stock attention under a layout with segments."""

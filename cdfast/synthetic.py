@@ -51,6 +51,7 @@ __all__ = [
     "TURN_KINDS",
     "EncodedScenes",
     "SceneDataset",
+    "build_student",
     "check_disjoint",
     "init_miniature_weights",
     "make_processor",
@@ -323,18 +324,27 @@ def read_card() -> dict[str, Any]:
     return json.loads((assets_path() / "card.json").read_text())
 
 
-def make_student(directory: str | Path, seed: int = 0) -> Path:
-    """Write an untrained student with the teacher's vision tower and processor; return its path.
+def build_student(seed: int = 0) -> LlavaForConditionalGeneration:
+    """An untrained float32 student that has the teacher's vision tower.
 
     Args:
-        directory: created if needed; a plain LLaVA checkpoint for `from_pretrained`.
         seed: of the student's language model and adapter.
     """
-    directory = Path(directory)
     teacher = AutoModelForImageTextToText.from_pretrained(teacher_path(), dtype=torch.float32)
     _, text = miniature_configs()
     student = build_miniature_model(llava_config(teacher.config.vision_config, text), seed)
     student.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
-    student.save_pretrained(directory)
+    return student
+
+
+def make_student(directory: str | Path, seed: int = 0) -> Path:
+    """Write `build_student(seed)` and the teacher's processor; return their path.
+
+    Args:
+        directory: created if needed; a plain LLaVA checkpoint for `from_pretrained`.
+        seed: as in `build_student`.
+    """
+    directory = Path(directory)
+    build_student(seed).save_pretrained(directory)
     AutoProcessor.from_pretrained(teacher_path()).save_pretrained(directory)
     return directory

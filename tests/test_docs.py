@@ -212,12 +212,23 @@ def test_benchmark_commands_are_valid(command):
         importlib.import_module(name).parse(words[1:])
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.name)
+def test_an_example_stands_in_the_docs_as_it_is(path):
+    """tests/test_examples.py runs the file, by the command in its docstring."""
+    text = path.read_text()
+    shown = blocks("python", "docs/examples.md")
+    assert text in shown, f"docs/examples.md: expected examples/{path.name} as it is; copy it there"
+    [command] = re.findall(rf"^    (.*examples/{path.name})", text, re.MULTILINE)
+    assert command in [line for b in blocks("bash", "docs/examples.md") for line in commands(b)]
+
+
 def test_there_are_commands_to_check():
     assert len(commands_with("cdfast.analyze")) >= 2
     assert len(commands_with("cdfast.evaluate")) >= 3
     assert len(commands_with("benchmarks")) >= 12
     assert len(train_commands()) >= 8
     assert len(commands_with("cdfast.memory")) >= 2
+    assert len(blocks("python", "docs/examples.md")) == len([*ROOT.glob("examples/*.py")]) == 6
 
 
 def test_recipes_in_the_docs_are_the_shipped_ones():

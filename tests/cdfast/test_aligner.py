@@ -250,3 +250,33 @@ def test_layout_is_found_by_token_id_on_either_padding_side():
         assert torch.equal(layout.visual_mask, batch["input_ids"] == IMAGE_TOKEN)
     with pytest.raises(ValueError, match="input_ids"):
         build_layout({"inputs_embeds": None}, IMAGE_TOKEN)
+
+
+def test_similarity_of_a_batch_is_the_cosine_of_text_rows_by_matched_layer():
+    aligner = VisualAttentionAligner(tiny_teacher(), tiny_llava(), preset="paper")
+    batch = tiny_batch()
+    with torch.no_grad():
+        _, targets = aligner.teacher_forward(**batch)
+        context = aligner.teacher_context(aligner.layout(batch))
+        context.map_layers = frozenset(aligner.matches)
+        aligner.student(**batch, alignment=context)
+    visual = batch["input_ids"] == IMAGE_TOKEN
+    rows = (visual.cumsum(1) > 0) & ~visual & batch["attention_mask"].bool()
+    expected = {
+        layer: F.cosine_similarity(
+            context.maps[layer].to_dense()[rows], targets.maps[layer].to_dense()[rows], dim=-1
+        )
+        .mean()
+        .item()
+        for layer in aligner.matches
+    }
+    assert aligner.similarity(**batch) == pytest.approx(expected, abs=1e-6)
+    assert all(value < 0.999 for value in expected.values())
+
+
+def test_a_model_is_alike_to_itself():
+    teacher = tiny_teacher()
+    itself = VisualAttentionAligner(teacher, teacher, preset="paper", matching="simple")
+    assert itself.similarity(**tiny_batch()) == pytest.approx(
+        dict.fromkeys(itself.matches, 1.0), abs=1e-6
+    )

@@ -86,6 +86,16 @@ def aligned_context(model, batch):
     return AlignmentContext(layout, map_layers=frozenset(range(layers)))
 
 
+def test_fsdp_hands_on_the_context_that_the_caller_holds():
+    """Mixed precision casts tensors among the arguments and rebuilds what contains them."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    context = aligned_context(tiny_llava(), tiny_batch())
+    cast = _apply_to_tensors(lambda t: t.bfloat16(), {"x": torch.ones(1), "alignment": context})
+    assert cast["x"].dtype == torch.bfloat16
+    assert cast["alignment"] is context
+
+
 # -- models that are refused -----------------------------------------------------------------------
 
 
