@@ -166,6 +166,13 @@ def test_relation_loss_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda h, w: relation(h, w, *teacher, [3, 1]), inputs)
 
 
+def test_gram_matrix_passes_gradcheck(monkeypatch):
+    """Each entry by itself: the gradient that comes back to it need not be symmetric."""
+    monkeypatch.setattr(losses, "_GRAM_ROWS", 2)
+    weight = normal(5, 3, seed=2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: gram_matrix(w, 3), weight)
+
+
 def test_relation_of_equal_models_is_zero_and_scale_does_not_matter():
     hidden, weight, *_ = relation_tensors()
     same = [3 * hidden.detach(), weight.detach()]
