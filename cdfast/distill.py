@@ -10,6 +10,7 @@ is compared with, see losses.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -126,8 +127,9 @@ def teacher_step(
     log_probs = None
     if task.pairs:
         head = _output_embedding(teacher)
-        with gathered([head.weight]):
-            log_probs = answer_log_probs(hidden, head.weight, task.labels)
+        log_probs = _as_forward(head, lambda h: answer_log_probs(h, head.weight, task.labels))(
+            hidden
+        )
     return TeacherOutput(
         targets=aligner.targets(context) if aligner else None,
         hidden={kind: hidden[loss_rows(kind, task.labels, task.layout)] for kind in kinds},
@@ -171,10 +173,7 @@ def student_step(
 
 
 def _logit_losses(student: PreTrainedModel, hidden: Tensor, task: StudentTask) -> dict[str, Tensor]:
-    """The sums over logits, and "log_probs" of pairs: the forward of the output embedding.
-
-    ZeRO-3 has a weight whole only around the forward and the backward of the module that owns it.
-    """
+    """The sums over logits, and "log_probs" of pairs: the forward of the output embedding."""
     rows = answer_rows(task.labels)
     labels = next_labels(task.labels, rows)
     head, teacher = _output_embedding(student), task.teacher
@@ -189,14 +188,26 @@ def _logit_losses(student: PreTrainedModel, hidden: Tensor, task: StudentTask) -
                 sums |= _teacher_logit_losses(hidden, head.weight, teacher, teacher.weight, task)
         return sums
 
-    stock = head.__dict__.get("forward")
-    head.forward = losses
-    try:
-        return head(hidden)
-    finally:
-        del head.forward
-        if stock is not None:
-            head.forward = stock
+    return _as_forward(head, losses)(hidden)
+
+
+def _as_forward(head: Any, function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """`function`, run as the forward of the output embedding `head`.
+
+    ZeRO-3 has a weight whole only around the forward and the backward of the module that owns it.
+    """
+
+    def run(hidden: Tensor) -> Any:
+        stock = head.__dict__.get("forward")
+        head.forward = function
+        try:
+            return head(hidden)
+        finally:
+            del head.forward
+            if stock is not None:
+                head.forward = stock
+
+    return run
 
 
 def _teacher_logit_losses(
