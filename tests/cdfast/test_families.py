@@ -1,0 +1,180 @@
+"""Every family, small and random, through its real processor: alignment against eager attention.
+
+One padded batch has a sample with two pictures, one with one, none of them square, and one without
+any. Losses are written out here from `output_attentions`, in float64, without cdfast_kernels.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cdfast import VisualAttentionAligner
+from cdfast.aligner import image_token_id
+from cdfast.attention import ATTENTION_NAME
+from cdfast.data import Sample, VisionTextCollator, encode
+from cdfast.distill import StudentTask, TeacherTask, add_task
+from tests.cdfast.test_aligner import TOLERANCE, gradients, relative_error
+from tests.cdfast.tiny_families import FAMILIES
+from tests.cdfast.tiny_processors import IMAGE, assistant, picture, user
+
+# Wider, deeper, and with as many key heads as query heads.
+TEACHER = {"seed": 1, "layers": 3, "hidden": 48, "heads": 6, "kv_heads": 6}
+STUDENT = {"layers": 2}
+WEIGHT = 5.0  # of the alignment loss, so that it shows in the gradient
+
+
+def samples():
+    return [
+        Sample(
+            [user(IMAGE, "What?"), assistant("a cat"), user("And ", IMAGE), assistant("no")],
+            (picture(0, 60, 100), picture(1, 90, 40)),
+        ),
+        Sample([user("Is it so?"), assistant("yes")]),
+        Sample([user(IMAGE, "Where is it now?"), assistant("left of it")], (picture(2, 140, 70),)),
+    ]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """Models, the batch, what eager attention gives for it, aligners, the batch padded left."""
+    make = FAMILIES[request.param]
+    teacher, processor = make(**TEACHER)
+    student, _ = make(**STUDENT)
+    teacher.requires_grad_(False)
+    encoded = [encode(processor, sample) for sample in samples()]
+    batch, left = (VisionTextCollator(0, side)(encoded) for side in ("right", "left"))
+    assert batch["attention_mask"].min() == 0  # padded
+    for padded in (batch, left):
+        padded.pop("sample_ids")
+    for model in (teacher, student):
+        model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want_teacher = teacher(**batch, use_cache=False, output_attentions=True)
+    want = student(**batch, use_cache=False, output_attentions=True)
+    own = student.config.vision_config._attn_implementation
+    aligners = {
+        preset: VisualAttentionAligner(teacher, student, preset=preset, layers="all")
+        for preset in ("paper", "official")
+    }
+    assert student.config.vision_config._attn_implementation == own != ATTENTION_NAME
+    return teacher, student, batch, want_teacher, want, aligners, left
+
+
+def eager_alignment(family, preset):
+    """Sum over samples with an image of the preset's loss over all matched layers."""
+    _, student, batch, want_teacher, want, aligners, _ = family
+    matches = aligners[preset].matches
+    assert matches == {0: (0, 1), 1: (1, 2)}  # windows of two
+    live = batch["attention_mask"].bool()
+    visual = (batch["input_ids"] == student.config.image_token_id) & live
+    total = 0.0
+    for b in range(len(live)):
+        columns = visual[b].nonzero().flatten()
+        for layer, window in matches.items() if len(columns) else ():
+            s = want.attentions[layer][b].double().mean(0)[:, columns]
+            t = sum(want_teacher.attentions[i][b].double().mean(0)[:, columns] for i in window)
+            t = t / len(window)
+            if preset == "paper":
+                total = total + row_loss(s, t, columns, live[b]) / len(matches)
+            else:
+                total = total + pooled_loss(s[columns], t[columns])
+    return total
+
+
+def row_loss(s, t, columns, live):
+    """Mean over live rows behind the first visual token of 1 - cos; 0 where a row sees just one."""
+    rows = live.nonzero().flatten()
+    seen = columns[None] <= rows[:, None]
+    cosine = F.cosine_similarity(s[rows] * seen, t[rows] * seen, dim=-1)
+    return (1 - cosine)[seen.sum(1) > 1].sum() / (seen.sum(1) > 0).sum()
+
+
+def pooled_loss(s, t):
+    """The authors': 1 - cos of the column means of what the sink filter leaves of visual rows."""
+    keep = (s <= s.mean() + s.std()) & (t <= t.mean() + t.std()) & (t != 0)
+    s, t = ((x * keep).sum(0) / keep.sum(0).clamp(min=1) for x in (s, t))
+    return 1 - F.cosine_similarity(s, t, dim=0)
+
+
+def gradients_of(student, loss, keep_graph=False):
+    student.zero_grad()
+    loss.backward(retain_graph=keep_graph)
+    return gradients(student)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_loss_and_gradients_equal_eager(family, preset):
+    _, student, batch, _, eager, aligners, _ = family
+    aligner = aligners[preset]
+    want = eager_alignment(family, preset)
+    want_gradients = gradients_of(student, eager.loss + WEIGHT * want, keep_graph=True)
+    # The comparison below would also pass if the alignment term vanished on both sides.
+    without = gradients_of(student, eager.loss, keep_graph=True)
+    assert relative_error(without, want_gradients) > 1e-2
+
+    with torch.no_grad():
+        _, targets = aligner.teacher_forward(**batch)
+    out, alignment = aligner.student_forward(targets, **batch)
+    assert alignment.count == 2
+    assert alignment.sum.item() == pytest.approx(want.item(), rel=TOLERANCE)
+    got = gradients_of(student, out.loss + WEIGHT * alignment.sum)
+    assert relative_error(got, want_gradients) <= TOLERANCE
+
+
+def test_the_side_of_the_padding_does_not_matter(family):
+    _, _, right, _, _, aligners, left = family
+    assert not torch.equal(left["input_ids"], right["input_ids"])
+    sums = []
+    for batch in (right, left):
+        with torch.no_grad():
+            _, targets = aligners["paper"].teacher_forward(**batch)
+            out, alignment = aligners["paper"].student_forward(targets, **batch)
+        sums.append([out.loss.item(), alignment.sum.item()])
+    assert sums[1] == pytest.approx(sums[0], rel=TOLERANCE)
+
+
+def test_the_distillation_step_equals_eager(family):
+    """LM + KL + alignment as sums, in one forward of each model."""
+    teacher, student, batch, eager_teacher, eager, aligners, _ = family
+    labels = batch["labels"]
+    rows = F.pad(labels[:, 1:], (0, 1), value=-100) != -100
+    log_s = eager.logits[rows].log_softmax(-1)
+    log_t = eager_teacher.logits[rows].log_softmax(-1)
+    want = {
+        "lm": eager.loss * rows.sum(),
+        "kl": (log_t.exp() * (log_t - log_s)).sum(),
+        "alignment": eager_alignment(family, "paper").float(),
+    }
+    want_gradients = gradients_of(student, sum(want.values()), keep_graph=True)
+
+    for model in (teacher, student):
+        add_task(model)
+    aligner = aligners["paper"]
+    layout = aligner.layout(batch)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    asked = TeacherTask(labels, layout, aligner, logits=True)
+    teacher(**inputs, task=asked)
+    sums = student(**inputs, task=StudentTask(labels, layout, asked.output, aligner))
+    assert {n: v.item() for n, v in sums.items()} == pytest.approx(
+        {n: v.item() for n, v in want.items()}, rel=TOLERANCE
+    )
+    assert relative_error(gradients_of(student, sum(sums.values())), want_gradients) <= TOLERANCE
+
+
+def test_visual_tokens_are_the_placeholders_of_all_pictures(family):
+    """As many as the vision encoder has features for: newline tokens count, tags do not."""
+    _, student, batch, *_ = family
+    inputs = {
+        name: batch[name]
+        for name in ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
+        if name in batch
+    }
+    if "pixel_attention_mask" in batch:
+        inputs["pixel_attention_mask"] = batch["pixel_attention_mask"]
+    with torch.no_grad():
+        features = student.base_model.get_image_features(**inputs)
+    features = getattr(features, "pooler_output", features)
+    number = sum(part.shape[:-1].numel() for part in features)
+    visual = batch["input_ids"] == image_token_id(student)
+    assert visual.sum() == number
+    assert (visual.sum(1) > 0).tolist() == [True, False, True]
