@@ -18,6 +18,7 @@ from cdfast_kernels import VisualLayout
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cdfast.adapters import is_adapter
 from cdfast.aligner import AlignmentTargets, VisualAttentionAligner
 from cdfast.attention import AlignmentContext
 from cdfast.engine import gathered
@@ -108,7 +109,7 @@ def student_step(
     if "pixel_values" not in inputs and not task.blank_image:
         # DDP waits for a gradient of every trainable parameter, the unused projector's too.
         sums["lm"] = sums["lm"] + 0.0 * sum(
-            p.sum() for n, p in student.named_parameters() if p.requires_grad and "projector" in n
+            p.sum() for n, p in student.named_parameters() if p.requires_grad and is_adapter(n)
         )
     return sums
 

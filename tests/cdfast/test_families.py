@@ -4,16 +4,28 @@ One padded batch has a sample with two pictures, one with one, none of them squa
 any. Losses are written out here from `output_attentions`, in float64, without cdfast_kernels.
 """
 
+import copy
+import json
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from cdfast import VisualAttentionAligner
+from cdfast.adapters import set_trainable, share_vision_tower, vision_tower
 from cdfast.aligner import image_token_id
 from cdfast.attention import ATTENTION_NAME
+from cdfast.config import load_recipe
 from cdfast.data import Sample, VisionTextCollator, encode
 from cdfast.distill import StudentTask, TeacherTask, add_task
+from cdfast.stages import with_lora
+from cdfast.train import main
+from tests.cdfast import photo_setup
+from tests.cdfast.command import refused
 from tests.cdfast.test_aligner import TOLERANCE, gradients, relative_error
+from tests.cdfast.test_attention import gemma3, paligemma
 from tests.cdfast.tiny_families import FAMILIES
 from tests.cdfast.tiny_processors import IMAGE, assistant, picture, user
 
@@ -178,3 +190,131 @@ def test_visual_tokens_are_the_placeholders_of_all_pictures(family):
     visual = batch["input_ids"] == image_token_id(student)
     assert visual.sum() == number
     assert (visual.sum(1) > 0).tolist() == [True, False, True]
+
+
+# -- what a run trains, shares and refuses ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def students():
+    """A teacher and a student of each family, with unequal encoders of the same shapes."""
+    sizes = {"layers": 1}
+    return {name: (make(seed=1, **sizes)[0], make(**sizes)[0]) for name, make in FAMILIES.items()}
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stages_train_the_decoder_and_the_adapter(name, students):
+    _, student = students[name]
+    everything = {n for n, _ in student.named_parameters()}
+    decoder = {id(p) for p in student.get_decoder().parameters()}
+    text = {n for n, p in student.named_parameters() if id(p) in decoder} | {"lm_head.weight"}
+    text &= everything  # a tied output embedding has no name of its own
+    set_trainable(student, projector=False, language_model=True)
+    assert trained(student) == text
+    set_trainable(student, projector=True, language_model=False)
+    adapter = trained(student)
+    assert adapter
+    assert not adapter & text
+    # The rest is the encoder: patch embedding, blocks and final norm, never an adapter.
+    encoder = everything - text - adapter
+    assert any("embed" in n for n in encoder)
+    assert not any("merger" in n or "connector" in n or "projector" in n for n in encoder)
+    assert all(".blocks." not in n and ".layers." not in n for n in adapter)
+
+    set_trainable(student, projector=True, language_model=False)
+    adapted = with_lora(copy.deepcopy(student), load_recipe("compodistill"))
+    lora = {n for n in trained(adapted) if ".lora_" in n}
+    assert len(lora) == 2 * 7  # A and B of the seven matrices of one layer
+    # Its newline token is a parameter of no module: LoRA stages leave it as it is.
+    kept = {n for n in adapter if n != "model.image_newline"}
+    assert len(trained(adapted) - lora) == len(kept)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_vision_encoder_for_both_models(name, students):
+    teacher, student = copy.deepcopy(students[name])
+    if "qwen" in name:
+        with pytest.raises(ValueError, match=r"qwen.*adapter is a part of it.*--share-vision-tow"):
+            share_vision_tower(teacher, student)
+        return
+    with pytest.raises(ValueError, match=r"same frozen one.*--share-vision-tower false --taf fal"):
+        share_vision_tower(teacher, student)
+    vision_tower(student)[2].load_state_dict(vision_tower(teacher)[2].state_dict())
+    _, processor = FAMILIES[name]()
+    batch = VisionTextCollator(0)([encode(processor, sample) for sample in samples()])
+    batch.pop("sample_ids")
+    with torch.no_grad():
+        want = [model(**batch).logits for model in (teacher, student)]
+        share_vision_tower(teacher, student)
+        got = [model(**batch).logits for model in (teacher, student)]
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def save(folder, name, **sizes):
+    model, processor = FAMILIES[name](**sizes)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run_options(tmp_path, teacher, student, *more):
+    photo_setup.write_records(tmp_path / "data.json", photo_setup.records()[1:5])
+    given = {
+        "teacher": teacher,
+        "student": student,
+        "data": tmp_path / "data.json",
+        "image-root": photo_setup.PHOTO_FOLDER,
+        "output-dir": tmp_path / "run",
+        "max-steps": 1,
+    }
+    options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return ["compodistill", *options, *more]
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry-run"])
+def test_taf_needs_a_llava_teacher(tmp_path, capsys, dry):
+    teacher = save(tmp_path / "teacher", "idefics3", **TEACHER)
+    student = save(tmp_path / "student", "idefics3", **STUDENT)
+    given = [*run_options(tmp_path, teacher, student), *["--dry-run"] * dry]
+    line = refused(given, capsys)
+    assert re.search("teacher: expected a LLaVA model.*got 'idefics3'.*--taf false", line), line
+
+
+def test_taf_needs_a_student_without_another_encoder(tmp_path, capsys):
+    teacher = save(tmp_path / "teacher", "llava", **TEACHER)
+    student = save(tmp_path / "student", "llava-next", **STUDENT)
+    line = refused(run_options(tmp_path, teacher, student), capsys)
+    assert re.search("student: expected .*got 'llava_next', which has its own.*--taf false", line)
+
+
+@pytest.mark.parametrize("make", [gemma3, paligemma], ids=["gemma3", "paligemma"])
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_bidirectional_images_are_refused_before_training(tmp_path, capsys, make, role):
+    paths = {r: save(tmp_path / r, "llava", layers=1) for r in ("teacher", "student")}
+    make().config.save_pretrained(paths[role])
+    line = refused(run_options(tmp_path, **paths), capsys)
+    assert re.search(rf"{role}: .*{make.__name__}: .*bidirectional image mask", line), line
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+@pytest.mark.slow
+def test_the_command_distils_another_family(tmp_path, capsys, one_thread):
+    """Idefics3, whole: three stages, LoRA in the second, no TAF, each model its own encoder."""
+    teacher = save(tmp_path / "teacher", "idefics3", **TEACHER)
+    student = save(tmp_path / "student", "idefics3", **STUDENT)
+    more = ["--taf", "false", "--share-vision-tower", "false", "--dft.lora", "true"]
+    main([*run_options(tmp_path, teacher, student, *more), "--layers", "all", "--warmup", "0"])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [stage["stage"] for stage in results["stages"]] == ["dpt", "dft", "sft"]
+    assert results["stages"][1]["log"][0]["loss_alignment"] > 0
+    # Every stage has changed what it trains.
+    first = load_file(tmp_path / "run" / "student-init" / "model.safetensors")
+    last = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    changed = {name for name in last if not torch.equal(first[name], last[name])}
+    assert "model.connector.modality_projection.proj.weight" in changed
+    assert any("text_model.layers.1.self_attn.q_proj" in name for name in changed)
+    assert not any("vision_model" in name for name in changed)
