@@ -37,10 +37,10 @@ from cdfast.cases import (
     encode_cases,
 )
 from cdfast.config import MINIATURE, ConfigError
-from cdfast.geometry import GeometryError
 from cdfast.images import DataError
 from cdfast.matching import LAYER_RANGES, Matches, layers_in_range, match_group, match_simple
 from cdfast.models import load_config, load_model
+from cdfast.planes import GeometryError
 from cdfast.similarity import num_layers
 from cdfast.substitution import RENORMALISE
 from cdfast.suites import miniature_suite

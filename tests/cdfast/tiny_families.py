@@ -251,28 +251,26 @@ def smolvlm_processor():
     return processor
 
 
-SIGLIP = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "image_size": 48,
-    "patch_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vision_use_head": False,
-}
-
-
 def llava_onevision(seed=0, pinpoints=([48, 48], [96, 96], [48, 96]), **text):
     """A picture alone: base image, and tiles with a newline token behind each row. Among others:
     base image and one newline token."""
     processor = onevision()
+    processor.num_image_tokens = 36
     pinpoints = list(pinpoints)
     processor.image_processor.image_grid_pinpoints = pinpoints
     torch.manual_seed(seed)
     model = LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
-            vision_config=SIGLIP,
+            vision_config={
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 48,
+                "patch_size": 8,
+                "vision_use_head": False,
+            },
             text_config={**text_sizes(processor.tokenizer, **text), "model_type": "qwen2"},
             image_token_index=processor.image_token_id,
             video_token_index=1,
