@@ -77,6 +77,7 @@ class AlignmentContext:
             the map or the loss is computed beside that attention, by the backend "auto".
         map_layers: layers whose visual attention map is collected into `maps` (teacher).
         targets: student layer -> teacher target; such a layer returns its loss into `losses`.
+        sample_weight: (B,) for the aligner, which multiplies the losses by it.
         probes: layer -> what is called with its fused attention (analysis; no other use of it).
     """
 
@@ -85,6 +86,7 @@ class AlignmentContext:
     backend: str = "auto"
     map_layers: frozenset[int] = frozenset()
     targets: dict[int, VisualMap] = field(default_factory=dict)
+    sample_weight: Tensor | None = None
     probes: dict[int, Probe] = field(default_factory=dict)
     maps: dict[int, VisualMap] = field(default_factory=dict, init=False)
     losses: dict[int, Tensor] = field(default_factory=dict, init=False)

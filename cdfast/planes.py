@@ -125,6 +125,41 @@ def _between(at: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return low, np.minimum(low + 1, cells - 1), centre - low
 
 
+def resampling_matrix(source: ImageGrid, target: ImageGrid) -> np.ndarray:
+    """R (target tokens, source tokens): the share of each source token's value that goes to each
+    target token, by the area of the picture that they share.
+
+    Columns of tokens with a place in the picture that the target covers at least in part sum to 1,
+    so that sums are kept; others are 0.
+
+    Args:
+        source: any planes; each is spread over the target by itself.
+        target: one plane that holds every token.
+
+    Raises:
+        GeometryError: the target has several planes, or tokens without a place.
+    """
+    [*planes] = target.planes.values()
+    if len(planes) != 1 or sorted(planes[0].tokens.ravel()) != list(range(target.count)):
+        shapes = {name: plane.tokens.shape for name, plane in target.planes.items()}
+        raise GeometryError(
+            f"visual tokens: expected one grid of all {target.count} tokens to resample to; got "
+            f"{shapes}. What share goes to tiles, to the picture as a whole or to newline tokens "
+            "cannot be told from another grid: use a student without them."
+        )
+    left, top, right, bottom = planes[0].box
+    rows, columns = planes[0].tokens.shape
+    matrix = np.zeros((target.count, source.count))
+    for plane in source.planes.values():
+        box, shape = plane.box, plane.tokens.shape
+        down = _shares((box[1], box[3], shape[0]), (top, bottom, rows))
+        across = _shares((box[0], box[2], shape[1]), (left, right, columns))
+        held = plane.tokens.ravel() >= 0
+        shares = np.kron(down, across)[:, held]
+        matrix[np.ix_(planes[0].tokens.ravel(), plane.tokens.ravel()[held])] = shares
+    return matrix
+
+
 def _shares(coarse: tuple[float, float, int], fine: tuple[float, float, int]) -> np.ndarray:
     """(fine cells, coarse cells): the share of each coarse cell that goes to each fine one.
 
