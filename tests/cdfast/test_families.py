@@ -7,6 +7,7 @@ any. Losses are written out here from `output_attentions`, in float64, without c
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from cdfast import VisualAttentionAligner
 from cdfast.adapters import set_trainable, share_vision_tower, vision_tower
 from cdfast.aligner import image_token_id
-from cdfast.attention import ATTENTION_NAME
+from cdfast.attention import _BIDIRECTIONAL_IMAGES, ATTENTION_NAME
 from cdfast.config import load_recipe
 from cdfast.data import Sample, VisionTextCollator, encode
 from cdfast.distill import StudentTask, TeacherTask, add_task
@@ -173,6 +174,21 @@ def test_the_distillation_step_equals_eager(family):
     assert relative_error(gradients_of(student, sum(sums.values())), want_gradients) <= TOLERANCE
 
 
+def test_a_blank_image_is_known_for_llava_alone(family):
+    """What ZeRO needs in a batch without pictures is refused by name, not tried."""
+    _, student, batch, _, _, aligners, _ = family
+    words = {"input_ids": batch["input_ids"][1:2], "attention_mask": batch["attention_mask"][1:2]}
+    labels = batch["labels"][1:2]
+    layout = aligners["paper"].layout(words)
+    task = StudentTask(labels, layout, None, None, blank_image=True)
+    add_task(student)
+    if student.config.model_type == "llava":
+        assert student(**words, task=task)["lm"] > 0
+        return
+    with pytest.raises(ValueError, match=f"{student.config.model_type}: expected an image in ev"):
+        student(**words, task=task)
+
+
 def test_visual_tokens_are_the_placeholders_of_all_pictures(family):
     """As many as the vision encoder has features for: newline tokens count, tags do not."""
     _, student, batch, *_ = family
@@ -200,6 +216,9 @@ def students():
     """A teacher and a student of each family, with unequal encoders of the same shapes."""
     sizes = {"layers": 1}
     return {name: (make(seed=1, **sizes)[0], make(**sizes)[0]) for name, make in FAMILIES.items()}
+
+
+ONCE_PER_BATCH = ("llava", "llava-crop", "llava-pad", "internvl")
 
 
 def trained(model):
@@ -249,9 +268,11 @@ def test_one_vision_encoder_for_both_models(name, students):
     batch.pop("sample_ids")
     with torch.no_grad():
         want = [model(**batch).logits for model in (teacher, student)]
-        share_vision_tower(teacher, student)
+        shared = share_vision_tower(teacher, student)
         got = [model(**batch).logits for model in (teacher, student)]
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    # Where a model makes new pixels of those in the batch, the encoder does not know them again.
+    assert shared.runs == (1 if name in ONCE_PER_BATCH else 2)
 
 
 def save(folder, name, **sizes):
@@ -299,6 +320,16 @@ def test_bidirectional_images_are_refused_before_training(tmp_path, capsys, make
     line = refused(run_options(tmp_path, **paths), capsys)
     assert re.search(rf"{role}: .*{make.__name__}: .*bidirectional image mask", line), line
     assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_the_table_names_every_family():
+    table = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    for name, make in FAMILIES.items():
+        kind = make(layers=1)[0].config.model_type
+        assert any(f"`{kind}`" in row for row in rows), name
+    for kind in _BIDIRECTIONAL_IMAGES:
+        assert any(f"`{kind}`" in row and "refused" in row for row in rows), kind
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Alignment across different visual grids, against a loss written out from eager attention."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +160,17 @@ def test_loss_and_gradients_equal_eager(pair, objective):
     assert alignment.sum.item() == pytest.approx(want.item(), rel=TOLERANCE)
     got = gradients_of(student, out.loss + WEIGHT * alignment.sum)
     assert relative_error(got, want_gradients) <= TOLERANCE
+
+
+def test_the_example_of_the_page_runs(pair):
+    teacher, student, (theirs, ours), grids, _, _ = pair
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    given = {"teacher_batch": theirs, "batch": ours, "grids": grids, "torch": torch}
+    # Two layers have none in the middle of the depth.
+    example = example.replace("student, grid", 'student, layers="all", grid')
+    exec(example, namespace := {"teacher": teacher, "student": student, **given})
+    assert namespace["alignment"].loss > 0
 
 
 # -- refusals --------------------------------------------------------------------------------------
