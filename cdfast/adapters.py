@@ -15,13 +15,24 @@ from transformers import (
     AutoModelForImageTextToText,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from cdfast.engine import make_whole
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig, CdfastLlavaForConditionalGeneration
 
+_LLAVA = ("llava", "cdfast_llava")
 _TOWER_NAMES = ("vision_tower", "visual", "vision_model")
+# What lies between vision encoder and decoder, by family: LLaVA and InternVL; the newline token of
+# LLaVA-NeXT and LLaVA-OneVision; Idefics3 and SmolVLM; Qwen, whose encoder contains it.
+_ADAPTER_NAMES = {
+    "multi_modal_projector",
+    "image_newline",
+    "connector",
+    "merger",
+    "deepstack_merger_list",
+}
 
 
 def register_taf_classes() -> None:
@@ -133,6 +144,11 @@ def vision_tower(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Module]:
     )
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter or module of this name belongs to an adapter of vision to text."""
+    return not _ADAPTER_NAMES.isdisjoint(name.split("."))
+
+
 def share_vision_tower(teacher: PreTrainedModel, student: PreTrainedModel) -> SharedVisionTower:
     """Replace both models' vision encoders by stand-ins of one that runs once per batch.
 
@@ -140,10 +156,19 @@ def share_vision_tower(teacher: PreTrainedModel, student: PreTrainedModel) -> Sh
     saved with exact weights, and each adapter reads its features in its own dtype.
 
     Raises:
-        ValueError: the encoders differ, in configuration or in a weight that is named.
+        ValueError: the encoders differ, in configuration or in a weight that is named; or contain
+            the adapters.
     """
     teacher_parent, teacher_name, theirs = vision_tower(teacher)
     student_parent, student_name, ours = vision_tower(student)
+    for model, tower in ((teacher, theirs), (student, ours)):
+        if any(is_adapter(name) for name, _ in tower.named_parameters()):
+            raise ValueError(
+                f"{model.config.model_type}: expected a vision encoder apart from the adapter; in "
+                "this family the adapter is a part of it, and each model has its own. Distil "
+                "without sharing (share_vision_tower=False, on the command line "
+                "--share-vision-tower false)."
+            )
     for tower in (theirs, ours):
         make_whole(tower)  # it runs outside of any engine
     _require_equal_towers(theirs, ours)
@@ -182,7 +207,8 @@ def _require_equal_towers(theirs: nn.Module, ours: nn.Module) -> None:
             f"vision encoder: expected teacher and student to have the same frozen one; "
             f"{differing[0]} differs ({len(differing)} in all). Build the student from the "
             "teacher's encoder, or distil without sharing and without TAF "
-            "(share_vision_tower=False, taf=False)."
+            "(share_vision_tower=False, taf=False; on the command line --share-vision-tower false "
+            "--taf false)."
         )
 
 
@@ -190,6 +216,41 @@ def _equal_when_rounded(a: Tensor, b: Tensor) -> bool:
     """Equal in the narrower of the two dtypes: a half-precision copy of a model is that model."""
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(a.to(narrow), b.to(narrow))
+
+
+def check_assembly(teacher: PreTrainedConfig, student: PreTrainedConfig, taf: bool) -> None:
+    """Refuse models of which no student can be assembled; nothing where the student stays as it is.
+
+    Args:
+        teacher, student: configurations.
+        taf: fetch the teacher's adapter.
+
+    Raises:
+        ValueError: the teacher is no LLaVA model, or has a fetched adapter itself; or the student
+            is a model of another family with a vision encoder of its own.
+    """
+    has_encoder = "vision_config" in student.sub_configs
+    if has_encoder and not taf:
+        return
+    if teacher.model_type not in _LLAVA:
+        raise ValueError(
+            f"teacher: expected a LLaVA model (model_type 'llava'), whose vision encoder and "
+            f"adapter the student takes over; got {teacher.model_type!r}. For other families give "
+            "a ready student that reads the same images as the same tokens, and taf=False (on the "
+            "command line --taf false)."
+        )
+    if taf and teacher.model_type == "cdfast_llava":
+        raise ValueError(
+            "teacher: expected a LLaVA model with a plain adapter to fetch (taf=True); got a "
+            "student that has a fetched adapter itself. Distil from it with taf=False."
+        )
+    if has_encoder and student.model_type not in _LLAVA:
+        raise ValueError(
+            f"student: expected a causal language model or a LLaVA model, whose language model is "
+            f"put behind the teacher's vision encoder and adapter (taf=True); got "
+            f"{student.model_type!r}, which has its own. Distil it as it is with taf=False (on the "
+            "command line --taf false)."
+        )
 
 
 def assemble_student(
@@ -214,20 +275,11 @@ def assemble_student(
         The student, float dtype of `language_model`.
 
     Raises:
-        ValueError: the teacher is no LLaVA model, or the student cannot read its image token.
+        ValueError: see `check_assembly`.
 
     Source: paper, "teacher adapter fetch".
     """
-    if teacher.config.model_type not in ("llava", "cdfast_llava"):
-        raise ValueError(
-            f"teacher: expected a LLaVA model (model_type 'llava') to build a student from; got "
-            f"{teacher.config.model_type!r}. For other families give a ready student and taf=False."
-        )
-    if taf and teacher.config.model_type == "cdfast_llava":
-        raise ValueError(
-            "teacher: expected a LLaVA model with a plain adapter to fetch (taf=True); got a "
-            "student that has a fetched adapter itself. Distil from it with taf=False."
-        )
+    check_assembly(teacher.config, language_model.config, taf)
     is_llava = isinstance(language_model, LlavaForConditionalGeneration)
     text_config = language_model.config.get_text_config(decoder=True)
     token = teacher.config.image_token_id
@@ -275,11 +327,17 @@ def assemble_student(
 
 
 def set_trainable(student: PreTrainedModel, *, projector: bool, language_model: bool) -> None:
-    """Freeze everything but the named parts; P_t and the vision encoder always stay frozen."""
+    """Freeze everything but the named parts; P_t and the vision encoder always stay frozen.
+
+    Args:
+        student: a vision-language model.
+        projector: train the adapter between vision encoder and decoder.
+        language_model: train the decoder and the output embedding.
+    """
+    parts = (student.get_decoder(), student.get_output_embeddings())
+    text = {id(p) for part in parts for p in part.parameters()}
     for name, parameter in student.named_parameters():
-        if "multi_modal_projector" in name:
+        if is_adapter(name):
             parameter.requires_grad_(projector and ".multi_modal_projector.teacher." not in name)
-        elif "language_model" in name or name.startswith("lm_head"):
-            parameter.requires_grad_(language_model)
         else:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(language_model and id(parameter) in text)

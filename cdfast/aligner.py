@@ -27,6 +27,16 @@ from cdfast.matching import (
 )
 from cdfast.similarity import layer_similarity, matched_similarity, model_inputs, num_layers
 
+# Sizes in configurations that decide how many visual tokens a picture becomes.
+_GRID_SIZES = (
+    "image_size",
+    "patch_size",
+    "spatial_merge_size",
+    "scale_factor",
+    "downsample_ratio",
+    "image_grid_pinpoints",
+)
+GRID_RESAMPLINGS = ("area",)
 OBJECTIVES = ("row", "map", "pooled", "mse", "kl")
 PRESETS: dict[str, dict[str, str]] = {
     "paper": {
@@ -46,10 +56,14 @@ PRESETS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class AlignmentTargets:
-    """What the teacher hands to the student: one map per aligned student layer, and the layout."""
+    """What the teacher hands to the student: one map per aligned student layer, and the layout.
+
+    `sample_weight` (B,) multiplies the loss of each sample; None is 1.
+    """
 
     maps: dict[int, VisualMap]
     layout: VisualLayout
+    sample_weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,31 @@ def image_token_id(model: PreTrainedModel) -> int:
     )
 
 
+def check_visual_grids(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Refuse models that do not read one batch as the same visual tokens.
+
+    Raises:
+        ValueError: sizes of pictures, patches or tiles, or the merging of patches, differ.
+    """
+    theirs, ours = (_visual_grid(model.config) for model in (teacher, student))
+    differing = {name: (theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]}
+    if differing:
+        raise ValueError(
+            "visual tokens: expected teacher and student to cut a picture into the same visual "
+            "tokens, because both read one batch; teacher and student differ in "
+            + "; ".join(f"{name} {a} and {b}" for name, (a, b) in differing.items())
+            + ". Build the student with the teacher's visual grid, or give each model its own "
+            "batch and resample the teacher's maps: grid_resampling='area', see cdfast.resampling."
+        )
+
+
+def _visual_grid(config: Any) -> dict[str, Any]:
+    """What decides how many visual tokens a picture becomes; None where a family has no such."""
+    places = (getattr(config, "vision_config", None), config)
+    found = {n: next((getattr(p, n) for p in places if hasattr(p, n)), None) for n in _GRID_SIZES}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
+
+
 class VisualAttentionAligner:
     """Aligns a student's attention over visual tokens with a teacher's, inside their own forwards.
 
@@ -147,10 +186,13 @@ class VisualAttentionAligner:
         layer_reduction: "mean" or "sum" over matched layers.
         backend: backend of `cdfast_kernels`; sdpa, flash_attn and xformers compute the attention of
             aligned layers, and the loss beside it is computed by the backend "auto".
+        grid_resampling: None: both models read one batch as the same visual tokens. "area": each
+            has a batch of its own, and `cdfast.resampling` brings the teacher's maps to the
+            student's grid; objectives "row" and "kl" only.
 
     Raises:
         ValueError: an unknown option; a model whose text attention is not causal or does not go
-            through AttentionInterface; unequal image tokens.
+            through AttentionInterface; unequal image tokens or visual grids.
 
     Source: paper, section on visual attention alignment; `official`: the authors' code.
     """
@@ -166,6 +208,7 @@ class VisualAttentionAligner:
         objective: str | None = None,
         layer_reduction: str | None = None,
         backend: str = "auto",
+        grid_resampling: str | None = None,
     ):
         if preset not in PRESETS:
             raise ValueError(
@@ -183,7 +226,9 @@ class VisualAttentionAligner:
         self.backend = _option("backend", backend, ("auto", *available_backends()))
         self.teacher, self.student = teacher, student
         self.image_token_id = image_token_id(student)
-        if image_token_id(teacher) != self.image_token_id:
+        self.grid_resampling = grid_resampling
+        self._check_resampling()
+        if grid_resampling is None and image_token_id(teacher) != self.image_token_id:
             raise ValueError(
                 f"image_token_id: expected the same id in teacher and student; got "
                 f"{image_token_id(teacher)} and {self.image_token_id}. Teacher and student must "
@@ -191,12 +236,27 @@ class VisualAttentionAligner:
             )
         use_cdfast_attention(teacher)
         use_cdfast_attention(student)
+        if grid_resampling is None:
+            check_visual_grids(teacher, student)
         self._student_layers = layers_in_range(num_layers(student), self.layers)
         self._teacher_layers = layers_in_range(num_layers(teacher), self.layers)
         # The authors' table stands for preset="official" as a whole; naming layers or a matching
         # replaces it.
         use_table = preset == "official" and matching is None and layers is None
         self.matches = self._match(use_table)
+
+    def _check_resampling(self) -> None:
+        if self.grid_resampling is None:
+            return
+        _option("grid_resampling", self.grid_resampling, GRID_RESAMPLINGS)
+        # A row without a counterpart adds nothing to the means over rows of these two; the others
+        # compare rows of visual tokens, or the map as a whole.
+        if self.objective not in ("row", "kl") or self.matching == "adaptive":
+            raise ValueError(
+                "grid_resampling: expected objective 'row' or 'kl' and matching 'group' or "
+                f"'simple'; got {self.objective!r} and {self.matching!r}. Rows of visual tokens "
+                "have no counterpart in another grid."
+            )
 
     def _match(self, use_table: bool) -> Matches | None:
         if use_table:
@@ -234,8 +294,17 @@ class VisualAttentionAligner:
 
     def student_context(self, targets: AlignmentTargets) -> AlignmentContext:
         """Context for a forward of the student that collects the loss of every matched layer."""
+        if self.grid_resampling is not None and targets.sample_weight is None:
+            raise ValueError(
+                "targets: expected those of cdfast.resampling.resample_targets, because the "
+                f"aligner has grid_resampling={self.grid_resampling!r}; got the teacher's own."
+            )
         return AlignmentContext(
-            targets.layout, objective=self.objective, backend=self.backend, targets=targets.maps
+            targets.layout,
+            objective=self.objective,
+            backend=self.backend,
+            targets=targets.maps,
+            sample_weight=targets.sample_weight,
         )
 
     def alignment(self, context: AlignmentContext) -> Alignment:
@@ -247,12 +316,14 @@ class VisualAttentionAligner:
                 "to hand unknown keyword arguments on to its attention layers. Is it wrapped in "
                 "something that drops the `alignment` argument?"
             )
-        losses = torch.stack([context.losses[layer] for layer in sorted(context.losses)])
+        weight = 1.0 if context.sample_weight is None else context.sample_weight
+        each = {layer: loss * weight for layer, loss in sorted(context.losses.items())}
+        losses = torch.stack([*each.values()])
         per_sample = losses.sum(0) if self.layer_reduction == "sum" else losses.mean(0)
         return Alignment(
             sum=per_sample.sum(),
             count=context.layout.num_image_samples,
-            per_layer={k: v.detach().sum() for k, v in sorted(context.losses.items())},
+            per_layer={layer: loss.detach().sum() for layer, loss in each.items()},
         )
 
     def teacher_forward(self, **batch: Any) -> tuple[Any, AlignmentTargets]:
@@ -260,7 +331,10 @@ class VisualAttentionAligner:
 
         Call it under `torch.no_grad()`; a batch may carry `segment_ids` or a prebuilt `layout`.
         """
-        context = self.teacher_context(self.layout(batch))
+        layout = batch.get("layout")
+        if layout is None:
+            layout = build_layout(batch, image_token_id(self.teacher))
+        context = self.teacher_context(layout)
         inputs = {**model_inputs(batch), "use_cache": False}
         output = self.teacher(**inputs, alignment=context)
         return output, self.targets(context)

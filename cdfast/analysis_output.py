@@ -13,9 +13,9 @@ from cdfast import analysis_plots as plots
 from cdfast.analysis import Plan
 from cdfast.analysis_numbers import summary_rows
 from cdfast.cases import Case
-from cdfast.geometry import GeometryError
 from cdfast.maps import AttentionMaps, batch_attention_maps
 from cdfast.matching import layers_in_range
+from cdfast.planes import GeometryError
 from cdfast.prompts import find_tokens
 from cdfast.similarity import num_layers
 

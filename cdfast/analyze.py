@@ -33,10 +33,10 @@ from cdfast.analysis_summary import RESAMPLES
 from cdfast.cases import ANSWER_TOKENS, Case, cases_of_file, cases_of_questions
 from cdfast.config import MINIATURE, ConfigError
 from cdfast.explorer import explorer_data
-from cdfast.geometry import GeometryError
 from cdfast.images import DataError
 from cdfast.matching import LAYER_RANGES
 from cdfast.models import load_config, load_model
+from cdfast.planes import GeometryError
 from cdfast.substitution import RENORMALISE
 from cdfast.suites import miniature_suite
 

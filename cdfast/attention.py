@@ -24,7 +24,7 @@ from cdfast_kernels import (
     visual_attention_map,
 )
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -34,6 +34,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 ATTENTION_NAME = "cdfast"
+
+# Models that let the tokens of an image (PaliGemma: and of the prompt) see keys behind their own
+# row. The definitions would carry over, since they speak of visible keys alone; `VisualLayout` and
+# the kernels, which skip everything behind a row, do not.
+_BIDIRECTIONAL_IMAGES = ("gemma3", "paligemma")
 
 # Backends of `cdfast_kernels` that compute attention alone: the loss is computed beside them.
 _ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
@@ -70,6 +75,7 @@ class AlignmentContext:
             the map or the loss is computed beside that attention, by the backend "auto".
         map_layers: layers whose visual attention map is collected into `maps` (teacher).
         targets: student layer -> teacher target; such a layer returns its loss into `losses`.
+        sample_weight: (B,) for the aligner, which multiplies the losses by it.
         probes: layer -> what is called with its fused attention (analysis; no other use of it).
     """
 
@@ -83,11 +89,13 @@ class AlignmentContext:
         backend: str = "auto",
         map_layers: frozenset[int] = frozenset(),
         targets: Mapping[int, VisualMap] | None = None,
+        sample_weight: Tensor | None = None,
         probes: Mapping[int, Probe] | None = None,
     ):
         self.layout = layout
         self.objective, self.backend = objective, backend
         self.map_layers = map_layers
+        self.sample_weight = sample_weight
         self.targets, self.probes = dict(targets or {}), dict(probes or {})
         self.maps: dict[int, VisualMap] = {}
         self.losses: dict[int, Tensor] = {}
@@ -243,6 +251,32 @@ def text_config_name(model: PreTrainedModel) -> str | None:
     return None
 
 
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why attention of models with this configuration cannot be aligned; None if it can."""
+    text_config = config.get_text_config(decoder=True)
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    reasons = []
+    if config.model_type in _BIDIRECTIONAL_IMAGES:
+        reasons.append(
+            "tokens of an image see each other in both directions (bidirectional image mask)"
+        )
+    if kinds != {"full_attention"}:
+        reasons.append(f"its layers are of the kinds {sorted(kinds)}")
+    if getattr(text_config, "attn_logit_softcapping", None):
+        reasons.append("it caps attention logits (attn_logit_softcapping)")
+    if not getattr(text_config, "is_causal", True):
+        reasons.append("its text attention is not causal")
+    return _refused(config, " and ".join(reasons)) if reasons else None
+
+
+def _refused(config: PreTrainedConfig, reason: str) -> str:
+    return (
+        f"{config.model_type}: visual alignment cannot be used, because {reason}. Expected full "
+        "causal attention through AttentionInterface in every decoder layer; docs/families.md "
+        "lists the families that have it."
+    )
+
+
 def use_cdfast_attention(model: PreTrainedModel) -> None:
     """Select cdfast attention for the text model of `model`, and leave its vision model alone.
 
@@ -250,23 +284,14 @@ def use_cdfast_attention(model: PreTrainedModel) -> None:
         ValueError: the text model has layers that are not full causal attention, or does not choose
             its attention through AttentionInterface; the message names the model and the reason.
     """
-    text_config = model.config.get_text_config(decoder=True)
-    model_type = model.config.model_type
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    reason = None
-    if kinds != {"full_attention"}:
-        reason = f"its layers are of the kinds {sorted(kinds)}"
-    elif getattr(text_config, "attn_logit_softcapping", None):
-        reason = "it caps attention logits (attn_logit_softcapping)"
-    elif not getattr(text_config, "is_causal", True):
-        reason = "its text attention is not causal"
-    elif not getattr(model, "_supports_attention_backend", False):
-        reason = "its attention does not go through transformers' AttentionInterface"
-    if reason:
-        raise ValueError(
-            f"{model_type}: visual alignment cannot be used, because {reason}. Expected full "
-            "causal attention through AttentionInterface in every decoder layer."
+    reason = refusal(model.config)
+    if reason is None and not getattr(model, "_supports_attention_backend", False):
+        reason = _refused(
+            model.config, "its attention does not go through transformers' AttentionInterface"
         )
+    if reason:
+        raise ValueError(reason)
+    model_type = model.config.model_type
     name = text_config_name(model)
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
     chosen = model.config.get_text_config(decoder=True)._attn_implementation

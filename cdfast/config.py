@@ -191,10 +191,14 @@ class Recipe:
     name: str = _option("run", "Name of the run; output goes to runs/<name> by default.")
     description: str = _option("", "One line for --list.")
     teacher: str | None = _option(
-        None, "Teacher checkpoint (LLaVA kind), or 'miniature'. None: stages without distillation."
+        None,
+        "Teacher checkpoint (LLaVA kind; others with taf false), or 'miniature'. None: stages "
+        "without distillation.",
     )
     student: str = _option(
-        "", "Student: a causal language model or a LLaVA checkpoint, or 'miniature'."
+        "",
+        "Student: a causal language model or a LLaVA checkpoint, or 'miniature'; with taf false a "
+        "vision-language model of the teacher's family.",
     )
     vision_tower: str | None = _option(
         None, "Vision encoder checkpoint, to build a LLaVA model where there is no teacher."

@@ -20,6 +20,7 @@ from cdfast_kernels import VisualLayout
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cdfast.adapters import is_adapter
 from cdfast.aligner import AlignmentTargets, VisualAttentionAligner
 from cdfast.attention import AlignmentContext
 from cdfast.engine import gathered
@@ -167,7 +168,7 @@ def student_step(
     if "pixel_values" not in inputs and not task.blank_image:
         # DDP waits for a gradient of every trainable parameter, the unused projector's too.
         sums["lm"] = sums["lm"] + 0.0 * sum(
-            p.sum() for n, p in student.named_parameters() if p.requires_grad and "projector" in n
+            p.sum() for n, p in student.named_parameters() if p.requires_grad and is_adapter(n)
         )
     return sums
 
@@ -273,7 +274,9 @@ def _run_vision_on_a_blank_image(model: PreTrainedModel) -> Any:
     """
     vision = getattr(model.config, "vision_config", None)
     size = getattr(vision, "image_size", None)
-    if not isinstance(size, int):
+    # Other families want sizes or masks of pictures beside the pixels.
+    known = model.config.model_type in ("llava", "cdfast_llava")
+    if not known or not isinstance(size, int):
         raise ValueError(
             f"{model.config.model_type}: expected an image in every batch, because under ZeRO "
             "all ranks must run its vision modules and no blank image is known for this family; "

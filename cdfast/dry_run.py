@@ -127,11 +127,13 @@ def dry_run(recipe: Recipe) -> None:
     for role, model in (("teacher", teacher), ("student", student)):
         if model is not None:
             text = model.config.get_text_config(decoder=True)
+            # Families that cut pictures into tiles, or take them as large as they are, have none.
+            per_image = getattr(model.config, "image_seq_length", "any number of")
             console.print(
                 f"{role}: {model.config.model_type}, {_count(model):,} parameters; "
                 f"{text.num_hidden_layers} layers, {text.num_attention_heads} heads, "
                 f"width {text.hidden_size}, vocabulary {text.vocab_size:,}; "
-                f"{model.config.image_seq_length} visual tokens per image"
+                f"{per_image} visual tokens per image"
             )
     if teacher is not None and any(s.alignment_weight for s in recipe.stages):
         aligner = VisualAttentionAligner(

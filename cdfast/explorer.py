@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from cdfast.aligner import build_layout, image_token_id
 from cdfast.analysis import answers, log_probabilities, read
 from cdfast.cases import Case, EncodedCases, encode_cases
-from cdfast.geometry import GeometryError
 from cdfast.maps import AttentionMaps, batch_attention_maps
 from cdfast.matching import Matches
 from cdfast.observe import check_layers, observed
+from cdfast.planes import GeometryError
 from cdfast.prompts import Prompt, encode_prompts
 from cdfast.similarity import num_layers
 

@@ -1,8 +1,7 @@
 """Where visual tokens are in their picture: the model's own processor geometry.
 
-A picture reaches the tokens through padding, resizing, cropping and cutting into tiles, and the
-model may merge patches. Each known kind of model is described here by *planes*: grids of tokens
-that cover a box in the pixels of the original picture. Other kinds are refused by name.
+Each known kind of model is described here by the planes of `cdfast.planes`; other kinds are refused
+by name.
 """
 
 from __future__ import annotations
@@ -10,123 +9,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import PreTrainedModel
+from transformers.image_processing_utils import select_best_resolution
+
+from cdfast.planes import Box, GeometryError, ImageGrid, Plane
 
 LLAVA = ("llava", "cdfast_llava")
+ANYRES = ("llava_next", "llava_onevision")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 TILED = ("idefics3", "smolvlm")
+INTERNVL = ("internvl",)
 # Image processors that pad to a square, resize and crop, in this order, each where it is set to.
 SQUARE_PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
-
-Box = tuple[float, float, float, float]
-
-
-class GeometryError(ValueError):
-    """The model's tokens cannot be placed on the picture; the message says which and why."""
-
-
-@dataclass(frozen=True)
-class Plane:
-    """A grid of visual tokens on the picture.
-
-    Attributes:
-        tokens: int64 (h, w), of each cell the number of its token among those of the image; -1
-            where the model has dropped the patch.
-        box: (left, top, right, bottom) that the grid covers, in pixels of the original picture. It
-            may leave the picture (padding) or not fill it (cropping).
-    """
-
-    tokens: np.ndarray
-    box: Box
-
-    def values(self, vector: np.ndarray) -> np.ndarray:
-        """(h, w) of a value per token, 0 where a patch was dropped."""
-        return np.where(self.tokens < 0, 0, vector[np.maximum(self.tokens, 0)])
-
-
-@dataclass(frozen=True)
-class ImageGrid:
-    """The planes of one image: one, or the tiles and the global image.
-
-    Attributes:
-        planes: name -> plane, the finest first; all cover one box.
-        count: visual tokens of the image.
-    """
-
-    planes: Mapping[str, Plane]
-    count: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(h, w) of the finest plane."""
-        height, width = next(iter(self.planes.values())).tokens.shape
-        return height, width
-
-    @property
-    def box(self) -> Box:
-        return next(iter(self.planes.values())).box
-
-    def array(self, vector: np.ndarray, part: str = "all") -> np.ndarray:
-        """(h, w) of a value per token.
-
-        Args:
-            vector: (count,).
-            part: a plane's name, or "all": on the finest grid the sum of all planes, a coarse cell
-                divided equally among the fine ones below it, so that the sum is kept.
-        """
-        if part in self.planes:
-            return self.planes[part].values(vector)
-        if part != "all":
-            known = ", ".join(["all", *self.planes])
-            raise ValueError(f"part: expected one of {known}; got {part!r}.")
-        height, width = self.shape
-        total = np.zeros(self.shape, vector.dtype)
-        for plane in self.planes.values():
-            down, across = height // plane.tokens.shape[0], width // plane.tokens.shape[1]
-            fine = np.kron(plane.values(vector), np.ones((down, across), vector.dtype))
-            total += fine / (down * across)
-        return total
-
-    def mask(self, vector: np.ndarray, part: str = "all") -> np.ndarray:
-        """bool (h, w) of a bool per token; "all": the cells below any marked one."""
-        return self.array(vector.astype(np.float64), part) > 0
-
-
-def place(values: np.ndarray, box: Box, size: tuple[int, int], smooth: bool = False) -> np.ndarray:
-    """Values of a grid (h, w) at every pixel of a picture: (height, width), NaN outside the box.
-
-    Args:
-        values: (h, w).
-        box: what the grid covers, in pixels of the picture.
-        size: (width, height) of the picture.
-        smooth: bilinear between the centres of cells; otherwise the cell that the pixel is in.
-    """
-    left, top, right, bottom = box
-    u = (np.arange(size[0]) + 0.5 - left) / (right - left) * values.shape[1]
-    v = (np.arange(size[1]) + 0.5 - top) / (bottom - top) * values.shape[0]
-    inside = ((v >= 0) & (v < values.shape[0]))[:, None] & ((u >= 0) & (u < values.shape[1]))
-    if smooth:
-        (x0, x1, fx), (y0, y1, fy) = _between(u, values.shape[1]), _between(v, values.shape[0])
-        upper = values[y0][:, x0] * (1 - fx) + values[y0][:, x1] * fx
-        lower = values[y1][:, x0] * (1 - fx) + values[y1][:, x1] * fx
-        placed = upper * (1 - fy[:, None]) + lower * fy[:, None]
-    else:
-        x = np.clip(np.floor(u).astype(int), 0, values.shape[1] - 1)
-        y = np.clip(np.floor(v).astype(int), 0, values.shape[0] - 1)
-        placed = values[y][:, x]
-    return np.where(inside, placed, np.nan)
-
-
-def _between(at: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The cells whose centres a coordinate is between, and how far it is from the first."""
-    centre = np.clip(at - 0.5, 0, cells - 1)
-    low = np.floor(centre).astype(int)
-    return low, np.minimum(low + 1, cells - 1), centre - low
 
 
 def image_grids(
@@ -139,7 +37,8 @@ def image_grids(
     """The grids of one prompt's images.
 
     Args:
-        model: a Llava, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Idefics3 or SmolVLM model.
+        model: a Llava, LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
+            Idefics3 or SmolVLM model.
         processor: its processor.
         images: the prompt's pictures, as given to the processor.
         batch: what the processor returned for this prompt alone.
@@ -155,10 +54,18 @@ def image_grids(
         grids = [_llava_grid(model, processor, i, (width, height), count) for i in images]
     elif kind in QWEN:
         grids = _qwen_grids(model, images, batch)
+    elif kind in ANYRES:
+        # LLaVA-OneVision cuts a picture that is alone in its prompt.
+        cut = kind == "llava_next" or len(images) == 1
+        grids = [
+            _anyres_grid(model, image) if cut else _padded_grid(model, image) for image in images
+        ]
     elif kind in TILED:
         grids = [_tiled_grid(model, processor, image) for image in images]
+    elif kind in INTERNVL:
+        grids = [_internvl_grid(model, processor, image) for image in images]
     else:
-        known = ", ".join((*LLAVA, *QWEN, *TILED))
+        known = ", ".join((*LLAVA, *ANYRES, *QWEN, *TILED, *INTERNVL))
         raise GeometryError(
             f"{kind}: it is not known where visual tokens of this kind of model are in the picture "
             f"(known: {known}). Use .vector(), which has a value per visual token in the order of "
@@ -279,15 +186,106 @@ def _tiled_grid(model: PreTrainedModel, processor: Any, image: Image.Image) -> I
     side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
     # The number of tiles is asked of the processor itself: what it keeps to itself otherwise.
     cut = processor.image_processor([[image]], return_row_col_info=True)
-    rows, columns = cut["rows"][0][0], cut["cols"][0][0]
+    return _tiles_and_global(side, cut["rows"][0][0], cut["cols"][0][0], image)
+
+
+def _internvl_grid(model: PreTrainedModel, processor: Any, image: Image.Image) -> ImageGrid:
+    # Here, not above: maps of other families must not depend on where this function is.
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    config, images = model.config, processor.image_processor
+    height, width = config.vision_config.image_size
+    side = int(height // config.vision_config.patch_size[0] * config.downsample_ratio)
+    columns, rows = get_optimal_tiled_canvas(
+        (image.height, image.width), (height, width), images.min_patches, images.max_patches
+    )
+    # A picture of one tile has no thumbnail beside it.
+    tiled = (rows, columns) if rows * columns > 1 else (0, 0)
+    return _tiles_and_global(side, *tiled, image)
+
+
+def _tiles_and_global(side: int, rows: int, columns: int, image: Image.Image) -> ImageGrid:
+    """rows x columns tiles of side x side tokens, one after the other, then the whole picture.
+
+    Both are stretched over the picture; (0, 0): the whole picture alone.
+    """
     box = (0.0, 0.0, float(image.width), float(image.height))
     inner = np.arange(side * side).reshape(side, side)
     planes = {}
     tiles = rows * columns
     if tiles:
-        starts = np.arange(tiles).reshape(rows, columns) * side * side
-        # Tile by tile, each row by row; put side by side as they were in the picture.
-        tokens = starts[:, None, :, None] + inner[None, :, None, :]
-        planes["tiles"] = Plane(tokens.reshape(rows * side, columns * side), box)
+        planes["tiles"] = Plane(_side_by_side(side, rows, columns), box)
     planes["global"] = Plane(inner + tiles * side * side, box)
     return ImageGrid(planes, (tiles + 1) * side * side)
+
+
+def _side_by_side(side: int, rows: int, columns: int) -> np.ndarray:
+    """Numbers of tokens that come tile by tile, each row by row, as they were in the picture."""
+    starts = np.arange(rows * columns).reshape(rows, columns) * side * side
+    inner = np.arange(side * side).reshape(side, side)
+    tokens = starts[:, None, :, None] + inner[None, :, None, :]
+    return tokens.reshape(rows * side, columns * side)
+
+
+def _anyres_grid(model: PreTrainedModel, image: Image.Image) -> ImageGrid:
+    """The picture as a whole, then tiles of it on a canvas, without the padding: row by row of the
+    canvas, each row with a newline token behind it."""
+    vision = model.config.vision_config
+    tile, side = vision.image_size, vision.image_size // vision.patch_size
+    size = (image.height, image.width)
+    canvas = select_best_resolution(size, model.config.image_grid_pinpoints)
+    # Pixels of the picture on the canvas, rounded up; padding is on both sides of them.
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    content = [min(math.ceil(n * scale), limit) for n, limit in zip(size, canvas)]
+    kept, edges = _unpadded((canvas[0] // tile * side, canvas[1] // tile * side), size)
+    # The patches of a tile are spread over it: where they leave a rest, 27 of 14 pixels in 384,
+    # they are up to that rest, 6 pixels, from where they are said to be.
+    ends = []
+    for axis in (0, 1):
+        offset = (canvas[axis] - content[axis]) // 2
+        cells = (edges[axis], edges[axis] + kept[axis])
+        ends.append([(cell * tile / side - offset) * size[axis] / content[axis] for cell in cells])
+    rows, columns = _coarsened(model, kept, side)
+    tokens = side * side + np.arange(rows * (columns + 1)).reshape(rows, columns + 1)[:, :-1]
+    (top, bottom), (left, right) = ends
+    covered = side * vision.patch_size / tile
+    whole = (0.0, 0.0, image.width * covered, image.height * covered)
+    planes = {
+        "tiles": Plane(tokens, (left, top, right, bottom)),
+        "global": Plane(np.arange(side * side).reshape(side, side), whole),
+    }
+    return ImageGrid(planes, side * side + rows * (columns + 1))
+
+
+def _unpadded(
+    grid: tuple[int, int], size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(rows, columns) that the model keeps of a padded grid of features, and how many it cuts off
+    above and to the left; rounded as in `unpad_image` of transformers."""
+    (rows, columns), (height, width) = grid, size
+    if width / height > columns / rows:
+        above = (rows - int(round(height * (columns / width), 7))) // 2
+        return (rows - 2 * above, columns), (above, 0)
+    left = (columns - int(round(width * (rows / height), 7))) // 2
+    return (rows, columns - 2 * left), (0, left)
+
+
+def _coarsened(model: PreTrainedModel, grid: tuple[int, int], side: int) -> tuple[int, int]:
+    """LLaVA-OneVision interpolates features of more than so many tiles ("anyres_max_9")."""
+    if model.config.model_type != "llava_onevision":
+        return grid
+    most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(grid[0] * grid[1] / (most * side**2))
+    return grid if ratio <= 1.1 else (int(grid[0] // ratio), int(grid[1] // ratio))
+
+
+def _padded_grid(model: PreTrainedModel, image: Image.Image) -> ImageGrid:
+    """One tile of the picture padded to a square, and a newline token."""
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    longer = max(image.size)
+    left, top = (-((longer - n) // 2) for n in image.size)
+    reach = longer * side * vision.patch_size / vision.image_size
+    tokens = np.arange(side * side).reshape(side, side)
+    plane = Plane(tokens, (float(left), float(top), left + reach, top + reach))
+    return ImageGrid({"image": plane}, side * side + 1)

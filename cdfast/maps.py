@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cdfast.aligner import build_layout, image_token_id
-from cdfast.geometry import GeometryError, ImageGrid, image_grids
+from cdfast.geometry import image_grids
 from cdfast.observe import AttentionRows, RowsAndKeys, collect_rows, observed
 from cdfast.overlay import draw_overlay
+from cdfast.planes import GeometryError, ImageGrid
 from cdfast.prompts import (
     Prompt,
     Token,
@@ -109,7 +110,8 @@ class AttentionMaps:
             image: which one, from 0.
             part: of models that cut a picture into tiles: "tiles", put back in their places,
                 "global", the picture as a whole, or "all", their sum on the grid of the tiles (a
-                cell of "global" is divided among the cells below it). Other models: "all".
+                cell of "global" is divided among the cells below it). Other models: "all". Newline
+                tokens between rows of patches have no place in the picture.
             **select: token, word, occurrence, head, row as in `vector`.
 
         Raises:
@@ -188,7 +190,9 @@ class AttentionMaps:
             marked = grid.mask(self.sinks(layer, image=image, head=head), part)
         if limit is None:
             limit = float(values[~marked].max() if (~marked).any() else values.max())
-        return draw_overlay(self.prompt.images[image], values, grid.box, marked, limit, smooth)
+        return draw_overlay(
+            self.prompt.images[image], values, grid.box_of(part), marked, limit, smooth
+        )
 
     def find(self, token: int | str | None, word: str | None, occurrence: int | None) -> list[int]:
         """Numbers in `tokens` of a token, a word or (neither given) the answer."""

@@ -27,7 +27,8 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from cdfast.adapters import assemble_student, vision_tower
+from cdfast.adapters import assemble_student, check_assembly, vision_tower
+from cdfast.attention import refusal
 from cdfast.config import MINIATURE, ConfigError, Recipe
 from cdfast.engine import sharded_loading, unsharded_loading
 
@@ -119,13 +120,15 @@ def check_models(recipe: Recipe) -> None:
     """Refuse by their configurations what cannot be a teacher or a student, loading no weights.
 
     Raises:
-        ConfigError: a checkpoint without a readable configuration, or of the wrong kind.
+        ConfigError: a checkpoint without a readable configuration, of the wrong kind, or of a
+            family whose attention cannot be aligned.
     """
+    configs = {}
     for role in ("teacher", "student", "vision_tower"):
         source = getattr(recipe, role)
         if not source or source == MINIATURE:
             continue
-        config = load_config(source, recipe.trust_remote_code)
+        config = configs[role] = load_config(source, recipe.trust_remote_code)
         if role == "teacher" and not is_vision_language(config):
             raise ConfigError(
                 f"teacher: expected a vision-language model such as LLaVA; got {source!r} of "
@@ -136,6 +139,14 @@ def check_models(recipe: Recipe) -> None:
                 f"student: expected a causal language model or a LLaVA checkpoint; got {source!r} "
                 f"of model_type {config.model_type!r}. Give --student PATH of one."
             )
+        reason = refusal(config) if role != "vision_tower" else None
+        if reason:
+            raise ConfigError(f"{role}: {source!r}: {reason}")
+    if "teacher" in configs and "student" in configs:
+        try:
+            check_assembly(configs["teacher"], configs["student"], recipe.taf)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def teacher_source(recipe: Recipe) -> str | Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cdfast.geometry import Box, place
+from cdfast.planes import Box, place
 
 # The longer side of an overlay has at least this many pixels.
 _SIDE = 448

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from cdfast_kernels import available_backends
 from torch import nn
 
-from cdfast.adapters import set_trainable, share_vision_tower
+from cdfast.adapters import is_adapter, set_trainable, share_vision_tower
 from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe, StageRecipe
 from cdfast.data import DataError, load_dataset
 from cdfast.engine import full_state_dict, release_engine
@@ -343,15 +344,20 @@ def with_lora(student: Any, recipe: Recipe) -> Any:
     """The student with LoRA adapters in its decoder, and its own projector trained in full."""
     from peft import LoraConfig, get_peft_model
 
+    decoder = student.get_decoder()
+    within = next(name for name, module in student.named_modules() if module is decoder)
     # P_s trains in full beside the adapters and belongs to their checkpoints; P_t stays frozen.
-    projector = student.model.multi_modal_projector
-    trained = [n for n in ("linear_1", "linear_2") if getattr(projector, n, None) is not None]
+    trained = [
+        name
+        for name, module in student.named_modules()
+        if is_adapter(name) and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
     config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        modules_to_save=[f"multi_modal_projector.{name}" for name in trained],
+        target_modules=rf"{re.escape(within)}\..*\.(q|k|v|o|gate|up|down)_proj",
+        modules_to_save=trained,
     )
     return get_peft_model(student, config)
 

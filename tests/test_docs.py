@@ -90,12 +90,15 @@ def test_loading_example_runs(tmp_path):
 
 @pytest.fixture
 def readers_files(tmp_path, monkeypatch):
-    """What the README calls path/to/llava and path/to/small-llm, in the working folder."""
+    """What the pages call path/to/llava, path/to/small-llm and so on, in the working folder."""
+    from tests.cdfast.tiny_families import idefics3
     from tests.cdfast.tiny_models import tiny_language_model, tiny_teacher
 
     monkeypatch.chdir(tmp_path)
     tiny_teacher().save_pretrained("path/to/llava")
     tiny_language_model().save_pretrained("path/to/small-llm")
+    for role, layers in (("teacher", 6), ("student", 4)):
+        idefics3(layers=layers)[0].save_pretrained(f"path/to/{role}-vlm")
 
 
 @pytest.mark.parametrize("command", train_commands())

@@ -6,11 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdfast
-from cdfast.geometry import GeometryError
 from cdfast.images import DataError
 from cdfast.maps import attention_maps, batch_attention_maps
 from cdfast.observe import AttentionRows, observed
 from cdfast.overlay import draw_overlay
+from cdfast.planes import GeometryError
 from cdfast.prompts import encode_prompts, make_prompt
 from tests.cdfast.test_attention import bloom
 from tests.cdfast.tiny_families import (
@@ -77,7 +77,7 @@ def test_every_row_equals_eager_attention(read, head):
             rows = attentions[layer, b][:, list(one.rows)][:, :, visual]
             want = rows.mean(0) if head == "mean" else rows.amax(0) if head == "max" else rows[head]
             torch.testing.assert_close(one.layers[layer].reduced(head), want, atol=1e-5, rtol=0)
-            assert want.max() > 0.03  # the tolerance is far below what is compared
+            assert want.max() > 0.01  # the tolerance is far below what is compared
         live = batch["attention_mask"][b].bool()
         behind = live & ~visual & (visual.cumsum(0) > 0)
         assert list(one.rows) == behind.nonzero()[:, 0].tolist()
@@ -118,9 +118,12 @@ def test_arrays_are_the_images_own_tokens(read):
             array = one.array(2, image=image, word="left")
             assert array.dtype == np.float32
             assert array.shape == one.grids[image].shape
-            np.testing.assert_allclose(array.sum(), own.sum(), rtol=1e-5)
-            start += count
             parts = one.grids[image].planes
+            placed = np.concatenate([plane.tokens.ravel() for plane in parts.values()])
+            # A class token or newline tokens have no place; every other token has one.
+            assert len(set(placed)) == len(placed) >= 0.8 * count
+            np.testing.assert_allclose(array.sum(), own[placed].sum(), rtol=1e-5)
+            start += count
             if len(parts) == 1 and count == array.size:
                 np.testing.assert_array_equal(array.ravel(), own)
             for part in parts:
@@ -263,8 +266,15 @@ def test_images_and_placeholders_must_agree():
 # -- geometry that is not known --------------------------------------------------------------------
 
 
-def test_unknown_geometry_is_refused_by_name_and_the_vector_stays():
-    model, processor = llava_onevision()
+@pytest.fixture
+def unknown(monkeypatch):
+    """LLaVA-OneVision, as if it were not known."""
+    monkeypatch.setattr(cdfast.geometry, "ANYRES", ())
+    return llava_onevision()
+
+
+def test_unknown_geometry_is_refused_by_name_and_the_vector_stays(unknown):
+    model, processor = unknown
     prompt = make_prompt(processor, *QUESTIONS[1])
     [maps] = batch_attention_maps(model, processor, [prompt])
     batch = encode_prompts(processor, [prompt])
@@ -277,8 +287,8 @@ def test_unknown_geometry_is_refused_by_name_and_the_vector_stays():
             look(1)
 
 
-def test_several_images_of_unknown_geometry_share_one_vector():
-    model, processor = llava_onevision()
+def test_several_images_of_unknown_geometry_share_one_vector(unknown):
+    model, processor = unknown
     maps = attention_maps(model, processor, *QUESTIONS[0])
     assert maps.vector(1, word="left").shape == (maps.layers[1].k.shape[0],)
     with pytest.raises(GeometryError, match="Which of them are image 1's is not known"):
