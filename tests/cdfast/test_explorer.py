@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cdfast import explorer as module
+from cdfast import geometry
 from cdfast.cases import Case
 from cdfast.explorer import explorer_data, nearest, picture_uri, spread
 from cdfast.explorer_page import explorer_section
@@ -144,7 +145,8 @@ def test_answers_are_those_of_the_model():
         assert found["right"] == (scores[no] > scores[yes]).item()
 
 
-def test_unknown_places_are_told_and_the_values_stay():
+def test_unknown_places_are_told_and_the_values_stay(monkeypatch):
+    monkeypatch.setattr(geometry, "ANYRES", ())  # as if LLaVA-OneVision were not known
     models, processor = models_of(llava_onevision)
     data = explorer_data(models, processor, cases()[:1], matches={})
     [sample] = data["samples"]

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from cdfast import geometry
 from cdfast.explorer import explorer_data
 from cdfast.explorer_page import SCRIPT, explorer_section
 from cdfast.maps import batch_attention_maps
@@ -221,17 +222,31 @@ def test_what_is_shown_are_the_numbers_of_the_maps(made, shown, state):
     assert 8 <= len(rows) <= 24
 
 
-@pytest.mark.parametrize("family", [llava_pad, qwen, smolvlm, llava_onevision])
-def test_every_family_is_drawn(shown, family):
+@pytest.mark.parametrize(
+    ("family", "known"),
+    [
+        (llava_pad, True),
+        (qwen, True),
+        (smolvlm, True),
+        (llava_onevision, True),
+        (llava_onevision, False),  # as if its places were not known
+    ],
+)
+def test_every_family_is_drawn(shown, family, known, monkeypatch):
+    if not known:
+        monkeypatch.setattr(geometry, "ANYRES", ())
     models, processor = models_of(family)
     data = explorer_data(models, processor, cases()[:1], matches={1: (1,)})
-    browser = shown("#sample=1&layer=1&token=answer", data, name=family.__name__)
+    browser = shown("#sample=1&layer=1&token=answer", data, name=f"{family.__name__}{known}")
     assert browser.complaints() == []
-    known = data["samples"][0]["geometry"] == ""
+    assert known == (data["samples"][0]["geometry"] == "")
     assert ("it is not known" in text_of(browser, "geometry")) == (not known)
     sizes = browser.run("[...document.querySelectorAll('canvas')].map(c => [c.width, c.height])")
-    # Two pictures of 100 x 60 and 50 x 90: padded ones are shown with their padding.
-    ratios = [1, 1] if family is llava_pad else [100 / 60, 50 / 90] if known else [20]
+    # Two pictures of 100 x 60 and 50 x 90: padded ones are shown with their padding (several
+    # pictures in a prompt are padded by LLaVA-OneVision). Unknown places: lines of 32 tokens.
+    ratios = [1, 1] if family in (llava_pad, llava_onevision) else [100 / 60, 50 / 90]
+    if not known:
+        ratios = [32 / -(-data["samples"][0]["visual"] // 32)]
     assert [w / h for w, h in sizes] == pytest.approx(ratios * 2, rel=0.01)
     [maps] = batch_attention_maps(models["teacher"], processor, [cases()[0].prompt(processor)])
     assert f"{percent(maps.vector(1).sum())} on the image" in browser.run(CANVASES)[0]

@@ -21,7 +21,7 @@ from cdfast.aligner import image_token_id
 from cdfast.attention import _BIDIRECTIONAL_IMAGES, ATTENTION_NAME
 from cdfast.config import load_recipe
 from cdfast.data import Sample, VisionTextCollator, encode
-from cdfast.distill import StudentTask, TeacherTask, add_task
+from cdfast.distill import LossOptions, StudentTask, TeacherTask, add_task
 from cdfast.stages import with_lora
 from cdfast.train import main
 from tests.cdfast import photo_setup
@@ -166,9 +166,10 @@ def test_the_distillation_step_equals_eager(family):
     aligner = aligners["paper"]
     layout = aligner.layout(batch)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    asked = TeacherTask(labels, layout, aligner, logits=True)
+    losses = LossOptions(frozenset({"kl"}))
+    asked = TeacherTask(labels, layout, aligner, losses)
     teacher(**inputs, task=asked)
-    sums = student(**inputs, task=StudentTask(labels, layout, asked.output, aligner))
+    sums = student(**inputs, task=StudentTask(labels, layout, asked.output, aligner, losses))
     assert {n: v.item() for n, v in sums.items()} == pytest.approx(
         {n: v.item() for n, v in want.items()}, rel=TOLERANCE
     )
@@ -181,7 +182,7 @@ def test_a_blank_image_is_known_for_llava_alone(family):
     words = {"input_ids": batch["input_ids"][1:2], "attention_mask": batch["attention_mask"][1:2]}
     labels = batch["labels"][1:2]
     layout = aligners["paper"].layout(words)
-    task = StudentTask(labels, layout, None, None, blank_image=True)
+    task = StudentTask(labels, layout, None, None, LossOptions(), blank_image=True)
     add_task(student)
     if student.config.model_type == "llava":
         assert student(**words, task=task)["lm"] > 0
