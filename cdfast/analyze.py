@@ -36,7 +36,7 @@ from cdfast.cases import (
     cases_of_questions,
     encode_cases,
 )
-from cdfast.config import MINIATURE, ConfigError
+from cdfast.config import EMBEDDED_SCENES, EMBEDDED_TEACHERS, MINIATURE, ConfigError
 from cdfast.geometry import GeometryError
 from cdfast.images import DataError
 from cdfast.matching import LAYER_RANGES, Matches, layers_in_range, match_group, match_simple
@@ -44,6 +44,8 @@ from cdfast.models import load_config, load_model
 from cdfast.similarity import num_layers
 from cdfast.substitution import RENORMALISE
 from cdfast.suites import miniature_suite
+from cdfast.synthetic import teacher_path
+from cdfast.worlds import WORLDS
 
 # What every experiment runs on; goes into analysis.json.
 RAN_ON = {
@@ -73,12 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("cdfast.analyze", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("teacher", metavar="TEACHER", help="checkpoint folder, hub name, or 'miniature'")
+    add("teacher", metavar="TEACHER", help="checkpoint folder, hub name, or an embedded teacher")
     add("student", metavar="STUDENT", help="checkpoint folder or hub name")
     add("--baseline", help="a student trained otherwise (SFT), to compare with")
     add("--output-dir", type=Path, default=Path("runs/analysis"))
     add("--data", type=Path, help="LLaVA JSON or messages (default: the miniature's scenes)")
     add("--image-root", type=Path, help="folder of the data's images (default: the data's folder)")
+    add("--suite", choices=EMBEDDED_SCENES, default=MINIATURE, help="scenes, without --data")
     add("--split", choices=["validation", "test"], default="test", help="of the miniature")
     add("--per-kind", type=_count, default=50, help="caption pairs per kind (miniature)")
     add("--vqa-per-kind", type=_count, default=50, help="questions per kind (miniature)")
@@ -166,10 +169,8 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, PreTrainedModel]
         source = getattr(options, name)
         if source is None:
             continue
-        if source == MINIATURE:
-            from cdfast.synthetic import teacher_path
-
-            source = teacher_path()
+        if source in EMBEDDED_TEACHERS:
+            source = teacher_path(source)
         load_config(source)  # refuses code from the hub
         loaded: Any = load_model(source, options.dtype)
         models[name] = loaded.to(options.device).eval()
@@ -196,7 +197,13 @@ def load_cases(options: argparse.Namespace) -> list[Case]:
     if options.data is not None:
         root = options.image_root or options.data.parent
         return cases_of_file(options.data, root, options.limit)
-    questions = miniature_suite(options.split, options.per_kind, options.vqa_per_kind, options.seed)
+    questions = miniature_suite(
+        options.split,
+        options.per_kind,
+        options.vqa_per_kind,
+        options.seed,
+        WORLDS[options.suite],
+    )
     return cases_of_questions(questions, options.limit)
 
 
@@ -295,7 +302,7 @@ def _settings(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "substituted": plan.substituted,
     }
     return {
-        "data": MINIATURE if options.data is None else str(options.data),
+        "data": options.suite if options.data is None else str(options.data),
         **{name: getattr(options, name) for name in names},
         **{name: _listed(value) for name, value in windows.items()},
         "substitute_weights": list(plan.weights),

@@ -1,13 +1,13 @@
-"""Make the shipped miniature again: `python -m cdfast.build_miniature [--output DIR]`.
+"""Make a shipped teacher again: `python -m cdfast.build_miniature [--which NAME] [--output DIR]`.
 
 It trains a small vision encoder, then a teacher on top of it, evaluates the teacher on scenes that
 it never saw, trains a baseline that sees no images, and writes the checkpoint and `card.json`.
-On one CPU core it takes about a quarter of an hour.
 
-The teacher gets privileged supervision that no student gets: one head of layer 2 is trained to look
-from a shape word to the patches of the object that it names (ground-truth boxes), and one head of
-layer 3 from the second object of a statement to the first (ground-truth hops). Without it the
-relation kinds take several times as many steps to learn.
+Two of the teachers get privileged supervision that no student gets: one head of layer 2 is trained
+to look from a shape word to the patches of the object that it names (ground-truth boxes), and one
+head of layer 3 from the second object of a statement to the first (ground-truth hops).
+`miniature-unprivileged` learns by language modelling alone, which takes several times as many
+steps.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     SiglipVisionConfig,
+    SiglipVisionModel,
     TrainingArguments,
 )
 
@@ -41,14 +42,15 @@ from cdfast.build_teacher import (
     HOP_LAYER,
     LOOKUP_HEAD,
     LOOKUP_LAYER,
-    SupervisedCollator,
-    SupervisedScenes,
+    TeacherCollator,
+    TeacherScenes,
     TeacherTrainer,
 )
 from cdfast.build_vision import pretrain_vision
 from cdfast.evaluate import evaluate
 from cdfast.optim import muon_with_adamw
 from cdfast.questions import DEFAULT_CR_WEIGHTS, TURN_KINDS
+from cdfast.scenes import TOYS, World
 from cdfast.suites import Question, miniature_suite
 from cdfast.synthetic import (
     SceneDataset,
@@ -58,12 +60,14 @@ from cdfast.synthetic import (
     llava_config,
     make_processor,
     miniature_configs,
+    read_card,
+    teacher_path,
 )
+from cdfast.worlds import PHOTOS
 
 BATCH = 16
 WARMUP_STEPS = 30
 SUPERVISION_WEIGHT = 0.3
-VISION_STEPS = 900
 TEACHER_SEED = 0
 TEXT_ONLY_SEED = 1
 EVALUATION_SEED = 0
@@ -81,8 +85,9 @@ class Stage:
     decay: bool = False
     cr_weights: Mapping[str, float] | None = None
 
-    def scenes(self) -> SceneDataset:
-        return SceneDataset("train", self.seed, self.steps * BATCH, self.mix, self.cr_weights)
+    def scenes(self, world: World) -> SceneDataset:
+        size = self.steps * BATCH
+        return SceneDataset("train", self.seed, size, self.mix, self.cr_weights, world)
 
     def learning_rate_scale(self, step: int) -> float:
         """Warm-up, then constant; with `decay` linear to 0.02 in the second half."""
@@ -102,18 +107,57 @@ TEACHER_STAGES = (
     Stage((0, 2, 1, 1, 3, 2), 700, 13, decay=True),
     Stage((0, 3, 0, 1, 3, 2), 300, 14, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
 )
+UNPRIVILEGED_STAGES = (Stage((0, 3, 5, 0, 0, 0), 300, 31),)
+PHOTO_STAGES = TEACHER_STAGES
 TEXT_ONLY_STAGES = (Stage((0, 2, 1, 1, 3, 2), 300, 21, decay=True),)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A shipped teacher and how it is made.
+
+    Args:
+        world: of its scenes.
+        stages: of its curriculum.
+        supervision: weight of the privileged supervision of two heads; 0: none.
+        vision_steps, vision_scenes: of the vision encoder's pretraining.
+        vision_of: the shipped teacher whose vision encoder it takes instead.
+    """
+
+    world: World
+    stages: tuple[Stage, ...]
+    supervision: float = 0.0
+    vision_steps: int = 900
+    vision_scenes: int = 5000
+    vision_of: str | None = None
+
+    def shortened(self, fraction: float) -> Variant:
+        """With `fraction` of the steps of every stage, for a quick try of the whole path."""
+        stages = tuple(stage.shortened(fraction) for stage in self.stages)
+        steps = max(1, round(self.vision_steps * fraction))
+        return replace(self, stages=stages, vision_steps=steps)
+
+
+VARIANTS = {
+    "miniature": Variant(TOYS, TEACHER_STAGES, SUPERVISION_WEIGHT),
+    "miniature-unprivileged": Variant(TOYS, UNPRIVILEGED_STAGES, vision_of="miniature"),
+    "miniature-photos": Variant(
+        PHOTOS, PHOTO_STAGES, SUPERVISION_WEIGHT, vision_steps=1500, vision_scenes=10_000
+    ),
+}
 
 
 def train_stages(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     stages: Sequence[Stage],
+    world: World = TOYS,
     supervision: float = 0.0,
     blank: bool = False,
 ) -> None:
     """Train the language model and the adapter in place, stage after stage; nothing is saved."""
-    model.set_attn_implementation("eager")
+    # Only eager attention hands out the maps that privileged supervision needs.
+    model.set_attn_implementation("eager" if supervision else "sdpa")
     model.model.vision_tower.requires_grad_(False)
     for number, stage in enumerate(stages, 1):
         mix = ", ".join(f"{n} {kind}" for kind, n in zip(TURN_KINDS, stage.mix) if n)
@@ -135,8 +179,10 @@ def train_stages(
                     remove_unused_columns=False,
                     dataloader_pin_memory=False,
                 ),
-                data_collator=SupervisedCollator(processor.tokenizer.pad_token_id),
-                train_dataset=SupervisedScenes(stage.scenes(), processor, blank),
+                data_collator=TeacherCollator(processor.tokenizer.pad_token_id),
+                train_dataset=TeacherScenes(
+                    stage.scenes(world), processor, privileged=supervision > 0, blank=blank
+                ),
                 optimizers=(optimizer, LambdaLR(optimizer, stage.learning_rate_scale)),
                 supervision=supervision,
             )
@@ -167,75 +213,143 @@ def with_blank_images(questions: Sequence[Question]) -> list[Question]:
     return [replace(question, image=BLANK_IMAGE) for question in questions]
 
 
-def build(output: Path, fraction: float = 1.0) -> dict[str, Any]:
-    """Make the assets in `output` and return the card.
+def vision_encoder(variant: Variant) -> tuple[SiglipVisionModel, dict[str, float]]:
+    """The variant's frozen vision encoder and its accuracies on patches of validation scenes."""
+    config = miniature_configs(variant.world)[0].vision_config
+    assert isinstance(config, SiglipVisionConfig)
+    if variant.vision_of is None:
+        return pretrain_vision(
+            config, variant.vision_steps, variant.world, scenes=variant.vision_scenes
+        )
+    owner: Any = AutoModelForImageTextToText.from_pretrained(teacher_path(variant.vision_of))
+    return owner.model.vision_tower, read_card(variant.vision_of)["vision_patch_accuracy"]
+
+
+def train_text_only(
+    variant: Variant, encoder: SiglipVisionModel, stages: Sequence[Stage]
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A model of the student's size that sees grey instead of every image."""
+    processor = make_processor(variant.world)
+    config = llava_config(encoder.config, miniature_configs(variant.world)[1])
+    blind = build_miniature_model(config, TEXT_ONLY_SEED)
+    blind.model.vision_tower.load_state_dict(encoder.state_dict())
+    train_stages(blind, processor, stages, variant.world, blank=True)
+    return blind, processor
+
+
+def build(output: Path, name: str = "miniature", fraction: float = 1.0) -> dict[str, Any]:
+    """Make one teacher's assets in `output` and return the card.
 
     Args:
         output: gets `teacher/` and `card.json`.
+        name: one of `VARIANTS`.
         fraction: of the steps of every stage; below 1 for a quick try of the whole path.
     """
     started = time.process_time()
-    processor = make_processor()
-    teacher_config, student_text = miniature_configs()
-    vision = teacher_config.vision_config
-    assert isinstance(vision, SiglipVisionConfig)
-    vision_steps = max(1, round(VISION_STEPS * fraction))
-    encoder, patch_accuracy = pretrain_vision(vision, vision_steps)
+    variant = VARIANTS[name].shortened(fraction)
+    encoder, patch_accuracy = vision_encoder(variant)
     seconds = {"vision": time.process_time() - started}
 
-    stages = [stage.shortened(fraction) for stage in TEACHER_STAGES]
-    teacher = build_miniature_model(teacher_config, TEACHER_SEED)
+    processor = make_processor(variant.world)
+    teacher = build_miniature_model(miniature_configs(variant.world)[0], TEACHER_SEED)
     teacher.model.vision_tower.load_state_dict(encoder.state_dict())
-    train_stages(teacher, processor, stages, SUPERVISION_WEIGHT)
+    train_stages(teacher, processor, variant.stages, variant.world, variant.supervision)
     save_teacher(teacher, processor, output / "teacher")
     seconds["teacher"] = time.process_time() - started - sum(seconds.values())
 
-    questions = miniature_suite(split="test", seed=EVALUATION_SEED)
-    asked = {question.source for question in questions}
-    trained = set().union(*(stage.scenes().scene_keys() for stage in stages))
-    check_disjoint(asked, trained)
-    saved = AutoModelForImageTextToText.from_pretrained(output / "teacher")
-    report = evaluate(saved, processor, questions)
-    shuffled = evaluate(saved, processor, questions, shuffle_images=True)
-
-    blind_stages = [stage.shortened(fraction) for stage in TEXT_ONLY_STAGES]
-    blind = build_miniature_model(llava_config(vision, student_text), TEXT_ONLY_SEED)
-    blind.model.vision_tower.load_state_dict(encoder.state_dict())
-    train_stages(blind, processor, blind_stages, blank=True)
-    blind_report = evaluate(blind, processor, with_blank_images(questions))
+    command = f"python -m cdfast.build_miniature --which {name}"
+    card = {
+        "name": name,
+        "world": variant.world.name,
+        "command": command + ("" if fraction == 1 else f" --fraction {fraction}"),
+        "supervision": supervision_note(variant),
+        **measure(output / "teacher", variant),
+        **measure_text_only(variant, encoder, fraction),
+        "vision_patch_accuracy": {kind: round(v, 4) for kind, v in patch_accuracy.items()},
+        **settings(variant),
+    }
     seconds["evaluation and text-only baseline"] = (
         time.process_time() - started - sum(seconds.values())
     )
+    card["cpu_seconds"] = {part: round(value) for part, value in seconds.items()}
+    write_card(output, card)
+    return card
 
-    card = {
-        "command": "python -m cdfast.build_miniature"
-        + ("" if fraction == 1 else f" --fraction {fraction}"),
-        "supervision": "privileged: ground-truth boxes supervise attention head "
+
+def supervision_note(variant: Variant) -> str:
+    """What the teacher was told beside the answers."""
+    if not variant.supervision:
+        return "none: language modelling alone, no boxes and no hops"
+    return (
+        "privileged: ground-truth boxes supervise attention head "
         f"{LOOKUP_HEAD} of layer {LOOKUP_LAYER} and ground-truth hops head {HOP_HEAD} of layer "
-        f"{HOP_LAYER} of the teacher, weight {SUPERVISION_WEIGHT}; no student gets them",
+        f"{HOP_LAYER} of the teacher, weight {variant.supervision}; no student gets them"
+    )
+
+
+def measure(folder: Path, variant: Variant) -> dict[str, Any]:
+    """The saved teacher's accuracies on test scenes, and on the validation scenes beside them.
+
+    Raises:
+        ValueError: a test or validation scene is one that the teacher was trained on.
+    """
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = make_processor(variant.world)
+    trained = set().union(*(s.scenes(variant.world).scene_keys() for s in variant.stages))
+    chosen_on, questions = (
+        miniature_suite(split, seed=EVALUATION_SEED, world=variant.world)
+        for split in ("validation", "test")
+    )
+    for suite in (chosen_on, questions):
+        check_disjoint({question.source for question in suite}, trained)
+    asked = {question.source for question in questions}
+    report = evaluate(model, processor, questions)
+    kinds = report["kinds"]
+    return {
         "evaluation": {
             "split": "test",
             "seed": EVALUATION_SEED,
             "scenes": len(asked),
             "training_scenes": len(trained),
             "scenes_shared_with_training": len(asked & trained),
-            "questions": {name: kind["n"] for name, kind in report["kinds"].items()},
+            "questions": {kind: result["n"] for kind, result in kinds.items()},
         },
-        "chance": {name: round(kind["chance"], 4) for name, kind in report["kinds"].items()},
+        "chance": {kind: round(result["chance"], 4) for kind, result in kinds.items()},
         "teacher": accuracies(report),
         "teacher_both_orders": {
-            name: round(kind["both_orders"], 4) for name, kind in report["kinds"].items()
+            kind: round(result["both_orders"], 4) for kind, result in kinds.items()
         },
-        "teacher_shuffled_images": accuracies(shuffled),
-        "text_only": accuracies(blind_report),
-        "vision_patch_accuracy": {name: round(v, 4) for name, v in patch_accuracy.items()},
+        "teacher_shuffled_images": accuracies(
+            evaluate(model, processor, questions, shuffle_images=True)
+        ),
+        "teacher_validation": accuracies(evaluate(model, processor, chosen_on)),
+        "teacher_parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def measure_text_only(
+    variant: Variant, encoder: SiglipVisionModel, fraction: float
+) -> dict[str, Any]:
+    """Accuracies of a model trained without images; teachers of one world share them."""
+    if variant.vision_of is not None:
+        return {"text_only": read_card(variant.vision_of)["text_only"]}
+    stages = [stage.shortened(fraction) for stage in TEXT_ONLY_STAGES]
+    blind, processor = train_text_only(variant, encoder, stages)
+    questions = miniature_suite("test", seed=EVALUATION_SEED, world=variant.world)
+    return {
+        "text_only": accuracies(evaluate(blind, processor, with_blank_images(questions))),
+        "text_only_stages": [asdict(stage) for stage in stages],
+    }
+
+
+def settings(variant: Variant) -> dict[str, Any]:
+    """What the card says of training and versions."""
+    return {
         "batch": BATCH,
-        "vision_steps": vision_steps,
-        "teacher_stages": [asdict(stage) for stage in stages],
-        "text_only_stages": [asdict(stage) for stage in blind_stages],
+        "vision_of": variant.vision_of,
+        "vision_steps": variant.vision_steps if variant.vision_of is None else 0,
+        "teacher_stages": [asdict(stage) for stage in variant.stages],
         "seeds": {"teacher": TEACHER_SEED, "text_only": TEXT_ONLY_SEED},
-        "teacher_parameters": sum(p.numel() for p in saved.parameters()),
-        "cpu_seconds": {name: round(value) for name, value in seconds.items()},
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -243,21 +357,25 @@ def build(output: Path, fraction: float = 1.0) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-    (output / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    return card
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "cdfast.build_miniature", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--output", type=Path, default=assets_path(), metavar="DIR")
+    parser.add_argument("--which", choices=list(VARIANTS), default="miniature")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: in the package")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the steps (a quick try)")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
-    card = build(options.output, options.fraction)
+    output = options.output or assets_path(options.which)
+    output.mkdir(parents=True, exist_ok=True)
+    card = build(output, options.which, options.fraction)
     print(json.dumps({name: card[name] for name in ("teacher", "text_only", "cpu_seconds")}))
     return 0
 

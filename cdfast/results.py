@@ -135,9 +135,15 @@ def measure_accuracy(
     from cdfast.evaluate import evaluate
     from cdfast.suites import miniature_suite
     from cdfast.synthetic import check_disjoint, read_card
+    from cdfast.worlds import WORLDS
 
+    assert recipe.evaluate is not None
     questions = miniature_suite(
-        "test", recipe.evaluate_per_kind, recipe.evaluate_vqa_per_kind, seed=0
+        "test",
+        recipe.evaluate_per_kind,
+        recipe.evaluate_vqa_per_kind,
+        seed=0,
+        world=WORLDS[recipe.evaluate],
     )
     check_disjoint({question.source for question in questions}, trained_scenes)
     reports = {"student": evaluate(student, processor, questions)}
@@ -146,7 +152,8 @@ def measure_accuracy(
     )
     if teacher is not None:
         reports["teacher"] = evaluate(teacher, processor, questions)
-    return {"suite": recipe.evaluate, "models": reports, "text_only": read_card()["text_only"]}
+    text_only = read_card(recipe.evaluate)["text_only"]
+    return {"suite": recipe.evaluate, "models": reports, "text_only": text_only}
 
 
 def measure(
