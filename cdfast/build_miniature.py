@@ -29,6 +29,7 @@ import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     SiglipVisionConfig,
@@ -62,6 +63,7 @@ from cdfast.synthetic import (
     miniature_configs,
     read_card,
     teacher_path,
+    vocabulary,
 )
 from cdfast.worlds import PHOTOS
 
@@ -108,7 +110,10 @@ TEACHER_STAGES = (
     Stage((0, 3, 0, 1, 3, 2), 300, 14, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
 )
 UNPRIVILEGED_STAGES = (Stage((0, 3, 5, 0, 0, 0), 300, 31),)
-PHOTO_STAGES = TEACHER_STAGES
+PHOTO_STAGES = (
+    Stage((0, 3, 5, 0, 0, 0), 150, 41),
+    Stage((0, 3, 1, 1, 3, 2), 400, 42, decay=True),
+)
 TEXT_ONLY_STAGES = (Stage((0, 2, 1, 1, 3, 2), 300, 21, decay=True),)
 
 
@@ -122,6 +127,7 @@ class Variant:
         supervision: weight of the privileged supervision of two heads; 0: none.
         vision_steps, vision_scenes: of the vision encoder's pretraining.
         vision_of: the shipped teacher whose vision encoder it takes instead.
+        starts_from: the shipped teacher whose language model it starts from; None: from scratch.
     """
 
     world: World
@@ -130,6 +136,7 @@ class Variant:
     vision_steps: int = 900
     vision_scenes: int = 5000
     vision_of: str | None = None
+    starts_from: str | None = None
 
     def shortened(self, fraction: float) -> Variant:
         """With `fraction` of the steps of every stage, for a quick try of the whole path."""
@@ -142,7 +149,12 @@ VARIANTS = {
     "miniature": Variant(TOYS, TEACHER_STAGES, SUPERVISION_WEIGHT),
     "miniature-unprivileged": Variant(TOYS, UNPRIVILEGED_STAGES, vision_of="miniature"),
     "miniature-photos": Variant(
-        PHOTOS, PHOTO_STAGES, SUPERVISION_WEIGHT, vision_steps=1500, vision_scenes=10_000
+        PHOTOS,
+        PHOTO_STAGES,
+        SUPERVISION_WEIGHT,
+        vision_steps=1500,
+        vision_scenes=10_000,
+        starts_from="miniature",
     ),
 }
 
@@ -225,6 +237,32 @@ def vision_encoder(variant: Variant) -> tuple[SiglipVisionModel, dict[str, float
     return owner.model.vision_tower, read_card(variant.vision_of)["vision_patch_accuracy"]
 
 
+def new_teacher(variant: Variant, encoder: SiglipVisionModel) -> LlavaForConditionalGeneration:
+    """The teacher before training; known words keep the vectors of the model it starts from."""
+    teacher = build_miniature_model(miniature_configs(variant.world)[0], TEACHER_SEED)
+    teacher.model.vision_tower.load_state_dict(encoder.state_dict())
+    if variant.starts_from is None:
+        return teacher
+    folder = teacher_path(variant.starts_from)
+    source: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    teacher.model.language_model.layers.load_state_dict(
+        source.model.language_model.layers.state_dict()
+    )
+    teacher.model.language_model.norm.load_state_dict(source.model.language_model.norm.state_dict())
+    known = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+    shared = [
+        (row, known[word]) for row, word in enumerate(vocabulary(variant.world)) if word in known
+    ]
+    rows, source_rows = (torch.tensor(column) for column in zip(*shared))
+    with torch.no_grad():
+        for new, old in (
+            (teacher.get_input_embeddings(), source.get_input_embeddings()),
+            (teacher.get_output_embeddings(), source.get_output_embeddings()),
+        ):
+            new.weight[rows] = old.weight[source_rows]
+    return teacher
+
+
 def train_text_only(
     variant: Variant, encoder: SiglipVisionModel, stages: Sequence[Stage]
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -251,8 +289,7 @@ def build(output: Path, name: str = "miniature", fraction: float = 1.0) -> dict[
     seconds = {"vision": time.process_time() - started}
 
     processor = make_processor(variant.world)
-    teacher = build_miniature_model(miniature_configs(variant.world)[0], TEACHER_SEED)
-    teacher.model.vision_tower.load_state_dict(encoder.state_dict())
+    teacher = new_teacher(variant, encoder)
     train_stages(teacher, processor, variant.stages, variant.world, variant.supervision)
     save_teacher(teacher, processor, output / "teacher")
     seconds["teacher"] = time.process_time() - started - sum(seconds.values())
@@ -280,10 +317,12 @@ def supervision_note(variant: Variant) -> str:
     """What the teacher was told beside the answers."""
     if not variant.supervision:
         return "none: language modelling alone, no boxes and no hops"
+    origin = f" (and, before, the teacher {variant.starts_from!r} that it starts from)"
     return (
         "privileged: ground-truth boxes supervise attention head "
         f"{LOOKUP_HEAD} of layer {LOOKUP_LAYER} and ground-truth hops head {HOP_HEAD} of layer "
-        f"{HOP_LAYER} of the teacher, weight {variant.supervision}; no student gets them"
+        f"{HOP_LAYER} of the teacher{origin if variant.starts_from else ''}, weight "
+        f"{variant.supervision}; no student gets them"
     )
 
 
@@ -347,6 +386,7 @@ def settings(variant: Variant) -> dict[str, Any]:
     return {
         "batch": BATCH,
         "vision_of": variant.vision_of,
+        "language_model_starts_from": variant.starts_from,
         "vision_steps": variant.vision_steps if variant.vision_of is None else 0,
         "teacher_stages": [asdict(stage) for stage in variant.stages],
         "seeds": {"teacher": TEACHER_SEED, "text_only": TEXT_ONLY_SEED},
