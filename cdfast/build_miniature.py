@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,14 @@ from cdfast.build_teacher import (
     TeacherScenes,
     TeacherTrainer,
 )
+from cdfast.build_variants import BATCH, TEXT_ONLY_STAGES, VARIANTS, Stage, Variant
 from cdfast.build_vision import pretrain_vision
 from cdfast.evaluate import evaluate
 from cdfast.optim import muon_with_adamw
-from cdfast.questions import DEFAULT_CR_WEIGHTS, TURN_KINDS
+from cdfast.questions import TURN_KINDS
 from cdfast.scenes import TOYS, World
 from cdfast.suites import Question, miniature_suite
 from cdfast.synthetic import (
-    SceneDataset,
     assets_path,
     build_miniature_model,
     check_disjoint,
@@ -65,98 +66,12 @@ from cdfast.synthetic import (
     teacher_path,
     vocabulary,
 )
-from cdfast.worlds import PHOTOS
 
-BATCH = 16
-WARMUP_STEPS = 30
-SUPERVISION_WEIGHT = 0.3
 TEACHER_SEED = 0
+# Weights after a stage, until the card is written.
+STAGE_FILE = "stage-{}.pt"
 TEXT_ONLY_SEED = 1
 EVALUATION_SEED = 0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a curriculum: turns per image (in `TURN_KINDS` order) and how long."""
-
-    mix: tuple[int, int, int, int, int, int]
-    steps: int
-    seed: int
-    lr: float = 2e-3
-    muon_lr: float = 0.02
-    decay: bool = False
-    cr_weights: Mapping[str, float] | None = None
-
-    def scenes(self, world: World) -> SceneDataset:
-        size = self.steps * BATCH
-        return SceneDataset("train", self.seed, size, self.mix, self.cr_weights, world)
-
-    def learning_rate_scale(self, step: int) -> float:
-        """Warm-up, then constant; with `decay` linear to 0.02 in the second half."""
-        decayed = self.decay and step >= self.steps / 2
-        scale = max(0.02, 2 * (1 - step / self.steps)) if decayed else 1.0
-        return min(1.0, (step + 1) / WARMUP_STEPS) * scale
-
-    def shortened(self, fraction: float) -> Stage:
-        return replace(self, steps=max(1, round(self.steps * fraction)))
-
-
-RELATIONS_FIRST = DEFAULT_CR_WEIGHTS | dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)
-RELATIONS_FIRST |= {"swap_obj": 4, "replace_rel": 4}
-TEACHER_STAGES = (
-    Stage((0, 3, 5, 0, 0, 0), 200, 11),
-    Stage((0, 1, 1, 6, 0, 0), 400, 12),
-    Stage((0, 2, 1, 1, 3, 2), 700, 13, decay=True),
-    Stage((0, 3, 0, 1, 3, 2), 300, 14, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
-)
-UNPRIVILEGED_STAGES = (Stage((0, 3, 5, 0, 0, 0), 300, 31),)
-PHOTO_STAGES = (
-    Stage((0, 3, 5, 0, 0, 0), 150, 41),
-    Stage((0, 3, 1, 1, 3, 2), 400, 42, decay=True),
-)
-TEXT_ONLY_STAGES = (Stage((0, 2, 1, 1, 3, 2), 300, 21, decay=True),)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A shipped teacher and how it is made.
-
-    Args:
-        world: of its scenes.
-        stages: of its curriculum.
-        supervision: weight of the privileged supervision of two heads; 0: none.
-        vision_steps, vision_scenes: of the vision encoder's pretraining.
-        vision_of: the shipped teacher whose vision encoder it takes instead.
-        starts_from: the shipped teacher whose language model it starts from; None: from scratch.
-    """
-
-    world: World
-    stages: tuple[Stage, ...]
-    supervision: float = 0.0
-    vision_steps: int = 900
-    vision_scenes: int = 5000
-    vision_of: str | None = None
-    starts_from: str | None = None
-
-    def shortened(self, fraction: float) -> Variant:
-        """With `fraction` of the steps of every stage, for a quick try of the whole path."""
-        stages = tuple(stage.shortened(fraction) for stage in self.stages)
-        steps = max(1, round(self.vision_steps * fraction))
-        return replace(self, stages=stages, vision_steps=steps)
-
-
-VARIANTS = {
-    "miniature": Variant(TOYS, TEACHER_STAGES, SUPERVISION_WEIGHT),
-    "miniature-unprivileged": Variant(TOYS, UNPRIVILEGED_STAGES, vision_of="miniature"),
-    "miniature-photos": Variant(
-        PHOTOS,
-        PHOTO_STAGES,
-        SUPERVISION_WEIGHT,
-        vision_steps=1500,
-        vision_scenes=10_000,
-        starts_from="miniature",
-    ),
-}
 
 
 def train_stages(
@@ -263,6 +178,37 @@ def new_teacher(variant: Variant, encoder: SiglipVisionModel) -> LlavaForConditi
     return teacher
 
 
+def train_teacher(
+    variant: Variant, encoder: SiglipVisionModel, folder: Path
+) -> tuple[LlavaForConditionalGeneration, float]:
+    """The trained teacher and its CPU seconds.
+
+    The weights after every stage are kept in `folder`; the same call goes on from them.
+    """
+    teacher = new_teacher(variant, encoder)
+    processor = make_processor(variant.world)
+    seconds = 0.0
+    for number, stage in enumerate(variant.stages, 1):
+        # Another curriculum or another way of training has other files.
+        so_far = replace(variant, stages=variant.stages[:number])
+        made_by = repr((asdict(so_far) | {"world": variant.world.name}, BATCH, TEACHER_SEED))
+        digest = hashlib.blake2b(made_by.encode(), digest_size=6).hexdigest()
+        path = folder / STAGE_FILE.format(digest)
+        if path.is_file():
+            stored = torch.load(path, weights_only=True)
+            teacher.load_state_dict(stored["model"])
+            seconds = stored["cpu_seconds"]
+            print(f"stage {number} of {len(variant.stages)}: done before", flush=True)
+            continue
+        started = time.process_time()
+        train_stages(teacher, processor, [stage], variant.world, variant.supervision)
+        seconds += time.process_time() - started
+        unfinished = path.with_suffix(".tmp")
+        torch.save({"model": teacher.state_dict(), "cpu_seconds": seconds}, unfinished)
+        unfinished.replace(path)
+    return teacher, seconds
+
+
 def train_text_only(
     variant: Variant, encoder: SiglipVisionModel, stages: Sequence[Stage]
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -288,11 +234,9 @@ def build(output: Path, name: str = "miniature", fraction: float = 1.0) -> dict[
     encoder, patch_accuracy = vision_encoder(variant)
     seconds = {"vision": time.process_time() - started}
 
-    processor = make_processor(variant.world)
-    teacher = new_teacher(variant, encoder)
-    train_stages(teacher, processor, variant.stages, variant.world, variant.supervision)
-    save_teacher(teacher, processor, output / "teacher")
-    seconds["teacher"] = time.process_time() - started - sum(seconds.values())
+    teacher, seconds["teacher"] = train_teacher(variant, encoder, output)
+    save_teacher(teacher, make_processor(variant.world), output / "teacher")
+    started = time.process_time()
 
     command = f"python -m cdfast.build_miniature --which {name}"
     card = {
@@ -305,11 +249,11 @@ def build(output: Path, name: str = "miniature", fraction: float = 1.0) -> dict[
         "vision_patch_accuracy": {kind: round(v, 4) for kind, v in patch_accuracy.items()},
         **settings(variant),
     }
-    seconds["evaluation and text-only baseline"] = (
-        time.process_time() - started - sum(seconds.values())
-    )
+    seconds["evaluation and text-only baseline"] = time.process_time() - started
     card["cpu_seconds"] = {part: round(value) for part, value in seconds.items()}
-    write_card(output, card)
+    (output / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    for path in output.glob(STAGE_FILE.format("*")):
+        path.unlink()
     return card
 
 
@@ -397,10 +341,6 @@ def settings(variant: Variant) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def write_card(folder: Path, card: dict[str, Any]) -> None:
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
