@@ -170,7 +170,10 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, PreTrainedModel]
         if source is None:
             continue
         if source in EMBEDDED_TEACHERS:
-            source = teacher_path(source)
+            try:
+                source = teacher_path(source)
+            except FileNotFoundError as error:
+                raise ConfigError(str(error)) from error
         load_config(source)  # refuses code from the hub
         loaded: Any = load_model(source, options.dtype)
         models[name] = loaded.to(options.device).eval()

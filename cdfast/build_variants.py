@@ -43,6 +43,8 @@ class Stage:
 
 RELATIONS_FIRST = DEFAULT_CR_WEIGHTS | dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)
 RELATIONS_FIRST |= {"swap_obj": 4, "replace_rel": 4}
+# Whether a third object is there is what photographs make hardest.
+PRESENCE_FIRST = dict.fromkeys(DEFAULT_CR_WEIGHTS, 1.0) | {"add_obj": 3.0}
 TEACHER_STAGES = (
     Stage((0, 3, 5, 0, 0, 0), 200, 11),
     Stage((0, 1, 1, 6, 0, 0), 400, 12),
@@ -53,6 +55,7 @@ UNPRIVILEGED_STAGES = (Stage((0, 3, 5, 0, 0, 0), 300, 31),)
 PHOTO_STAGES = (
     Stage((0, 3, 5, 0, 0, 0), 150, 41),
     Stage((0, 2, 1, 1, 3, 2), 160, 42, decay=True),
+    Stage((0, 4, 0, 0, 2, 3), 80, 43, 1e-3, 0.01, decay=True, cr_weights=PRESENCE_FIRST),
 )
 TEXT_ONLY_STAGES = (Stage((0, 2, 1, 1, 3, 2), 300, 21, decay=True),)
 

@@ -123,7 +123,10 @@ def check_models(recipe: Recipe) -> None:
     """
     for role in ("teacher", "student", "vision_tower"):
         source = getattr(recipe, role)
-        if not source or source in (EMBEDDED_TEACHERS if role == "teacher" else EMBEDDED_SCENES):
+        if role == "teacher" and source in EMBEDDED_TEACHERS:
+            teacher_source(recipe)
+            continue
+        if not source or source in EMBEDDED_SCENES:
             continue
         config = load_config(source, recipe.trust_remote_code)
         if role == "teacher" and not is_vision_language(config):
@@ -143,7 +146,10 @@ def teacher_source(recipe: Recipe) -> str | Path:
     if recipe.teacher in EMBEDDED_TEACHERS:
         from cdfast.synthetic import teacher_path
 
-        return teacher_path(recipe.teacher)
+        try:
+            return teacher_path(recipe.teacher)
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from error
     return recipe.teacher
 
 

@@ -333,12 +333,21 @@ def assets_path(name: str = TOYS.name) -> Path:
 
 
 def teacher_path(name: str = TOYS.name) -> Path:
-    """A shipped teacher: model and processor, for `from_pretrained`.
+    """An embedded teacher: model and processor, for `from_pretrained`.
 
     Args:
         name: "miniature", "miniature-unprivileged" or "miniature-photos".
+
+    Raises:
+        FileNotFoundError: it has not been made in this installation.
     """
-    return assets_path(name) / "teacher"
+    folder = assets_path(name) / "teacher"
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"teacher {name!r}: expected its checkpoint in {folder}; found none. Make it with "
+            f"python -m cdfast.build_miniature --which {name}"
+        )
+    return folder
 
 
 def read_card(name: str = TOYS.name) -> dict[str, Any]:
