@@ -154,7 +154,7 @@ def vision_encoder(variant: Variant) -> tuple[SiglipVisionModel, dict[str, float
 
 def new_teacher(variant: Variant, encoder: SiglipVisionModel) -> LlavaForConditionalGeneration:
     """The teacher before training; known words keep the vectors of the model it starts from."""
-    teacher = build_miniature_model(miniature_configs(variant.world)[0], TEACHER_SEED)
+    teacher: Any = build_miniature_model(miniature_configs(variant.world)[0], TEACHER_SEED)
     teacher.model.vision_tower.load_state_dict(encoder.state_dict())
     if variant.starts_from is None:
         return teacher

@@ -43,6 +43,7 @@ class Stage:
 
 RELATIONS_FIRST = DEFAULT_CR_WEIGHTS | dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)
 RELATIONS_FIRST |= {"swap_obj": 4, "replace_rel": 4}
+REPLACED_ONLY = {"replace_att": 1, "replace_obj": 1, "replace_rel": 2}
 # Whether a third object is there is what photographs make hardest.
 PRESENCE_FIRST = dict.fromkeys(DEFAULT_CR_WEIGHTS, 1.0) | {"add_obj": 3.0}
 TEACHER_STAGES = (
@@ -51,7 +52,16 @@ TEACHER_STAGES = (
     Stage((0, 2, 1, 1, 3, 2), 700, 13, decay=True),
     Stage((0, 3, 0, 1, 3, 2), 300, 14, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
 )
-UNPRIVILEGED_STAGES = (Stage((0, 3, 5, 0, 0, 0), 300, 31),)
+# Without supervision captions stay at chance until relations alone are verified for a while.
+UNPRIVILEGED_STAGES = (
+    Stage((0, 3, 5, 0, 0, 0), 300, 31),
+    Stage((0, 1, 1, 6, 0, 0), 1200, 32),
+    Stage((0, 3, 1, 2, 3, 2), 500, 33),
+    Stage((0, 2, 0, 2, 6, 0), 200, 35, 1e-3, 0.01, cr_weights=REPLACED_ONLY),
+    Stage((0, 1, 0, 3, 6, 0), 250, 36, cr_weights={"replace_rel": 1}),
+    Stage((0, 2, 0, 1, 4, 2), 300, 37, cr_weights=dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)),
+    Stage((0, 2, 0, 1, 3, 3), 500, 38, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
+)
 PHOTO_STAGES = (
     Stage((0, 3, 5, 0, 0, 0), 150, 41),
     Stage((0, 2, 1, 1, 3, 2), 160, 42, decay=True),
