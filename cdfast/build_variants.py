@@ -60,7 +60,9 @@ UNPRIVILEGED_STAGES = (
     Stage((0, 2, 0, 2, 6, 0), 200, 35, 1e-3, 0.01, cr_weights=REPLACED_ONLY),
     Stage((0, 1, 0, 3, 6, 0), 250, 36, cr_weights={"replace_rel": 1}),
     Stage((0, 2, 0, 1, 4, 2), 300, 37, cr_weights=dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)),
-    Stage((0, 2, 0, 1, 3, 3), 500, 38, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
+    Stage((0, 1, 0, 1, 3, 5), 150, 38, cr_weights=dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)),
+    Stage((0, 1, 0, 1, 3, 5), 150, 39, cr_weights=dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)),
+    Stage((0, 3, 0, 1, 3, 3), 600, 40, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
 )
 PHOTO_STAGES = (
     Stage((0, 3, 5, 0, 0, 0), 150, 41),
