@@ -43,6 +43,7 @@ class Stage:
 
 RELATIONS_FIRST = DEFAULT_CR_WEIGHTS | dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)
 RELATIONS_FIRST |= {"swap_obj": 4, "replace_rel": 4}
+EVENLY = dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)
 REPLACED_ONLY = {"replace_att": 1, "replace_obj": 1, "replace_rel": 2}
 # Whether a third object is there is what photographs make hardest.
 PRESENCE_FIRST = dict.fromkeys(DEFAULT_CR_WEIGHTS, 1.0) | {"add_obj": 3.0}
@@ -59,10 +60,10 @@ UNPRIVILEGED_STAGES = (
     Stage((0, 3, 1, 2, 3, 2), 500, 33),
     Stage((0, 2, 0, 2, 6, 0), 200, 35, 1e-3, 0.01, cr_weights=REPLACED_ONLY),
     Stage((0, 1, 0, 3, 6, 0), 250, 36, cr_weights={"replace_rel": 1}),
-    Stage((0, 2, 0, 1, 4, 2), 300, 37, cr_weights=dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)),
-    Stage((0, 1, 0, 1, 3, 5), 150, 38, cr_weights=dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)),
-    Stage((0, 1, 0, 1, 3, 5), 150, 39, cr_weights=dict.fromkeys(DEFAULT_CR_WEIGHTS, 1)),
-    Stage((0, 3, 0, 1, 3, 3), 600, 40, 1e-3, 0.01, decay=True, cr_weights=RELATIONS_FIRST),
+    Stage((0, 2, 0, 1, 4, 2), 300, 37, cr_weights=EVENLY),
+    Stage((0, 1, 0, 1, 3, 5), 150, 38, cr_weights=EVENLY),
+    Stage((0, 1, 0, 1, 3, 5), 150, 39, cr_weights=EVENLY),
+    Stage((0, 2, 0, 1, 3, 4), 280, 40, 1.5e-3, 0.015, decay=True, cr_weights=EVENLY),
 )
 PHOTO_STAGES = (
     Stage((0, 3, 5, 0, 0, 0), 150, 41),
