@@ -16,7 +16,7 @@ import cdfast
 from benchmarks.paper_arms import ARMS, CURVE_POINTS, CURVE_QUESTIONS, EVALUATION, Arm
 from benchmarks.paper_compute import recipe_flops
 from cdfast.config import (
-    MINIATURE,
+    EMBEDDED_SCENES,
     ConfigError,
     Recipe,
     StageRecipe,
@@ -137,7 +137,7 @@ def key_of(recipe: Recipe) -> str:
     content["kinds"] = [stage.stage for stage in recipe.stages]
     content["version"] = cdfast.__version__
     sources = [teacher_source(recipe)] if recipe.teacher else []
-    sources += [teacher_path()] if recipe.student == MINIATURE else []
+    sources += [teacher_path(recipe.student)] if recipe.student in EMBEDDED_SCENES else []
     content["weights"] = [_weights_hash(str(source)) for source in sources]
     content["scenes"] = _scenes_hash(recipe)
     text = json.dumps(content, sort_keys=True)

@@ -41,6 +41,7 @@ from cdfast.probes import matched_layers
 from cdfast.stages import trained_matches
 from cdfast.storage import write_text
 from cdfast.suites import miniature_suite
+from cdfast.worlds import WORLDS
 
 ANALYSIS_FOLDER = "analysis"
 QUESTIONS_PER_KIND = 20
@@ -219,7 +220,9 @@ def _cases(recipe: Recipe) -> list[Case]:
     """The first questions of the suite's test scenes, or of the held-out records."""
     number = questions_per_kind(recipe)
     if recipe.evaluate:
-        return cases_of_questions(miniature_suite("test", number, number, seed=0))
+        return cases_of_questions(
+            miniature_suite("test", number, number, seed=0, world=WORLDS[recipe.evaluate])
+        )
     roots = recipe.eval_image_root or recipe.image_root
     return [
         case

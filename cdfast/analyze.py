@@ -31,7 +31,7 @@ from cdfast.analysis_report import EXPLORER_FILE, UNAVAILABLE, write_analysis_pa
 from cdfast.analysis_run import Settings, analyze_cases, make_plan, write_analysis
 from cdfast.analysis_summary import RESAMPLES
 from cdfast.cases import ANSWER_TOKENS, Case, cases_of_file, cases_of_questions
-from cdfast.config import MINIATURE, ConfigError
+from cdfast.config import EMBEDDED_SCENES, EMBEDDED_TEACHERS, MINIATURE, ConfigError
 from cdfast.explorer import explorer_data
 from cdfast.images import DataError
 from cdfast.matching import LAYER_RANGES
@@ -39,6 +39,8 @@ from cdfast.models import load_config, load_model
 from cdfast.planes import GeometryError
 from cdfast.substitution import RENORMALISE
 from cdfast.suites import miniature_suite
+from cdfast.synthetic import teacher_path
+from cdfast.worlds import WORLDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,12 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("cdfast.analyze", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("teacher", metavar="TEACHER", help="checkpoint folder, hub name, or 'miniature'")
+    add("teacher", metavar="TEACHER", help="checkpoint folder, hub name, or an embedded teacher")
     add("student", metavar="STUDENT", help="checkpoint folder or hub name")
     add("--baseline", help="a student trained otherwise (SFT), to compare with")
     add("--output-dir", type=Path, default=Path("runs/analysis"))
     add("--data", type=Path, help="LLaVA JSON or messages (default: the miniature's scenes)")
     add("--image-root", type=Path, help="folder of the data's images (default: the data's folder)")
+    add("--suite", choices=EMBEDDED_SCENES, default=MINIATURE, help="scenes, without --data")
     add("--split", choices=["validation", "test"], default="test", help="of the miniature")
     add("--per-kind", type=_count, default=50, help="caption pairs per kind (miniature)")
     add("--vqa-per-kind", type=_count, default=50, help="questions per kind (miniature)")
@@ -164,7 +167,7 @@ def _explorer(
 def _source(options: argparse.Namespace) -> dict[str, Any]:
     """Where models and questions come from, as analysis.json has it."""
     names = ("split", "per_kind", "vqa_per_kind", "limit", "dtype", "device")
-    data = MINIATURE if options.data is None else str(options.data)
+    data = options.suite if options.data is None else str(options.data)
     return {"data": data, **{name: getattr(options, name) for name in names}}
 
 
@@ -180,10 +183,11 @@ def load_models(options: argparse.Namespace) -> tuple[dict[str, PreTrainedModel]
         source = getattr(options, name)
         if source is None:
             continue
-        if source == MINIATURE:
-            from cdfast.synthetic import teacher_path
-
-            source = teacher_path()
+        if source in EMBEDDED_TEACHERS:
+            try:
+                source = teacher_path(source)
+            except FileNotFoundError as error:
+                raise ConfigError(str(error)) from error
         load_config(source)  # refuses code from the hub
         loaded: Any = load_model(source, options.dtype)
         models[name] = loaded.to(options.device).eval()
@@ -210,7 +214,13 @@ def load_cases(options: argparse.Namespace) -> list[Case]:
     if options.data is not None:
         root = options.image_root or options.data.parent
         return cases_of_file(options.data, [root], options.limit)
-    questions = miniature_suite(options.split, options.per_kind, options.vqa_per_kind, options.seed)
+    questions = miniature_suite(
+        options.split,
+        options.per_kind,
+        options.vqa_per_kind,
+        options.seed,
+        WORLDS[options.suite],
+    )
     return cases_of_questions(questions, options.limit)
 
 

@@ -1,6 +1,7 @@
-"""The miniature teacher's trainer: language modelling, and two heads that are shown where to look.
+"""The trainer of the miniature's teachers: language modelling, with or without two heads that are
+shown where to look.
 
-The targets come from the scene itself (boxes and which words name what), so they are privileged.
+Their targets come from the scene itself (boxes and which words name what), so they are privileged.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from cdfast.build_vision import covered_patches
 from cdfast.collator import VisionTextCollator
 from cdfast.encoding import encode
 from cdfast.losses import IGNORE_INDEX
-from cdfast.scenes import COLOURS, IMAGE_SIZE, SHAPES, Scene
-from cdfast.synthetic import VISUAL_TOKENS, VOCABULARY, SceneDataset
+from cdfast.scenes import COLOURS, IMAGE_SIZE, TOYS, Scene, World
+from cdfast.synthetic import VISUAL_TOKENS, SceneDataset, vocabulary
 
 LOOKUP_LAYER, LOOKUP_HEAD = 2, 0
 HOP_LAYER, HOP_HEAD = 3, 1
@@ -34,10 +35,11 @@ STATEMENT_STARTS = ("Q", "A", "B", "ans")
 
 def lookup_targets(input_ids: Sequence[int], scene: Scene) -> np.ndarray:
     """Bool (N, 36): for a shape word that names exactly one object, that object's patches."""
-    words = [VOCABULARY[index] for index in input_ids]
+    known = vocabulary(scene.world)
+    words = [known[index] for index in input_ids]
     targets = np.zeros((len(words), VISUAL_TOKENS), bool)
     for position, word in enumerate(words):
-        if word in SHAPES:
+        if word in scene.world.shapes:
             before = words[position - 1]
             colour = before if before in COLOURS else None
             named = [o for o in scene.objects if o.shape == word and colour in (None, o.colour)]
@@ -46,29 +48,42 @@ def lookup_targets(input_ids: Sequence[int], scene: Scene) -> np.ndarray:
     return targets
 
 
-def hop_targets(input_ids: Sequence[int]) -> np.ndarray:
+def hop_targets(input_ids: Sequence[int], world: World = TOYS) -> np.ndarray:
     """Int64 (N,): for a statement's second shape word the position of its first, else `NO_HOP`."""
     targets = np.full(len(input_ids), NO_HOP, np.int64)
+    words = vocabulary(world)
     first: int | None = None
     closed = False
-    for position, word in enumerate(VOCABULARY[index] for index in input_ids):
+    for position, word in enumerate(words[index] for index in input_ids):
         if word in STATEMENT_STARTS:
             first, closed = None, False
         elif word == "and":
             closed = True
-        elif word in SHAPES and not closed:
+        elif word in world.shapes and not closed:
             if first is not None:
                 targets[position] = first
             first = position
     return targets
 
 
-class SupervisedScenes(Dataset[dict[str, Any]]):
-    """Encoded scenes with the supervised heads' targets; `blank` replaces every image by grey."""
+class TeacherScenes(Dataset[dict[str, Any]]):
+    """Encoded scenes for a teacher.
 
-    def __init__(self, scenes: SceneDataset, processor: LlavaProcessor, blank: bool = False):
+    Args:
+        privileged: add the supervised heads' targets; otherwise boxes and hops are not even made.
+        blank: replace every image by grey.
+    """
+
+    def __init__(
+        self,
+        scenes: SceneDataset,
+        processor: LlavaProcessor,
+        privileged: bool = False,
+        blank: bool = False,
+    ):
         self.scenes = scenes
         self.processor = processor
+        self.privileged = privileged
         self.blank = blank
 
     def __len__(self) -> int:
@@ -79,19 +94,21 @@ class SupervisedScenes(Dataset[dict[str, Any]]):
         if self.blank:
             sample = replace(sample, images=(BLANK_IMAGE,))
         item = encode(self.processor, sample, turns="independent")
+        if not self.privileged:
+            return item
         ids = item["input_ids"].tolist()
         scene, _ = self.scenes.draw(index)
         item["lookup"] = torch.from_numpy(lookup_targets(ids, scene))
-        item["hop"] = torch.from_numpy(hop_targets(ids))
+        item["hop"] = torch.from_numpy(hop_targets(ids, scene.world))
         return item
 
 
-class SupervisedCollator(VisionTextCollator):
-    """Adds the supervised heads' targets to the batch."""
+class TeacherCollator(VisionTextCollator):
+    """Adds the supervised heads' targets to the batch, where samples have them."""
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(samples)
-        for name in ("lookup", "hop"):
+        for name in {"lookup", "hop"} & samples[0].keys():
             rows = [sample[name] for sample in samples]
             batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         del batch["sample_ids"]

@@ -1,4 +1,4 @@
-"""Pretraining of the miniature's vision encoder on dense labels of toy scenes."""
+"""Pretraining of the miniature's vision encoders on dense labels of scenes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from cdfast.scenes import COLOURS, SHAPES, Scene, SceneObject, render
+from cdfast.scenes import COLOURS, TOYS, Scene, SceneObject, World, render
 from cdfast.synthetic import PATCH_SIZE, VISUAL_TOKENS, SceneDataset
 
 PATCHES_PER_SIDE = int(VISUAL_TOKENS**0.5)
@@ -27,16 +27,34 @@ def patch_labels(scene: Scene) -> np.ndarray:
     """Int64 (36, 2): 1 + colour and 1 + shape of each patch's object, 0 where there is none."""
     labels = np.zeros((VISUAL_TOKENS, 2), np.int64)
     for o in scene.objects:
-        labels[covered_patches(o)] = 1 + list(COLOURS).index(o.colour), 1 + SHAPES.index(o.shape)
+        labels[covered_patches(o)] = (
+            1 + list(COLOURS).index(o.colour),
+            1 + scene.world.shapes.index(o.shape),
+        )
     return labels
 
 
 def pretrain_vision(
-    config: SiglipVisionConfig, steps: int = 900, batch: int = 64, lr: float = 3e-3, seed: int = 77
+    config: SiglipVisionConfig,
+    steps: int = 900,
+    world: World = TOYS,
+    scenes: int = 5000,
+    batch: int = 64,
+    lr: float = 3e-3,
+    seed: int = 77,
 ) -> tuple[SiglipVisionModel, dict[str, float]]:
     """Train the vision encoder to tell each patch's colour, shape, row and column, in float32.
 
     Without the row and column it keeps almost nothing of where a patch is.
+
+    Args:
+        config: of the encoder.
+        steps: of AdamW with a cosine schedule.
+        world: whose scenes it sees.
+        scenes: that are drawn once, and shown in batches drawn at random.
+        batch: scenes in a step.
+        lr: the highest learning rate.
+        seed: of weights, scenes and batches.
 
     Returns:
         The frozen encoder, and its accuracies on covered patches of validation scenes.
@@ -44,11 +62,11 @@ def pretrain_vision(
     torch.manual_seed(seed)
     encoder = SiglipVisionModel(config)
     _init_vision(encoder)
-    classes = (1 + len(COLOURS), 1 + len(SHAPES), PATCHES_PER_SIDE, PATCHES_PER_SIDE)
+    classes = (1 + len(COLOURS), 1 + len(world.shapes), PATCHES_PER_SIDE, PATCHES_PER_SIDE)
     head = nn.Linear(config.hidden_size, sum(classes))
     place = torch.arange(VISUAL_TOKENS)
     place = torch.stack([place // PATCHES_PER_SIDE, place % PATCHES_PER_SIDE], -1)
-    pixels, labels = _vision_data(SceneDataset("train", seed, 5000))
+    pixels, labels = _vision_data(SceneDataset("train", seed, scenes, world=world))
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
 
@@ -61,7 +79,9 @@ def pretrain_vision(
         scores = head(encoder(pixels[rows]).last_hidden_state).split(classes, -1)
         targets = torch.cat([labels[rows], place.expand(batch, -1, -1)], -1)
         losses = [
-            F.cross_entropy(score.flatten(0, 1), targets[..., k].flatten(), _class_weights(k))
+            F.cross_entropy(
+                score.flatten(0, 1), targets[..., k].flatten(), _class_weights(classes[k], k)
+            )
             for k, score in enumerate(scores)
         ]
         loss = losses[0] + losses[1] + 0.5 * (losses[2] + losses[3])
@@ -69,7 +89,7 @@ def pretrain_vision(
         loss.backward()
         optimizer.step()
         schedule.step()
-    pixels, labels = _vision_data(SceneDataset("validation", seed, 500))
+    pixels, labels = _vision_data(SceneDataset("validation", seed, 500, world=world))
     with torch.no_grad():
         scores = head(encoder(pixels).last_hidden_state).split(classes, -1)
     covered = labels[..., 0] > 0
@@ -80,11 +100,11 @@ def pretrain_vision(
     return encoder.eval().requires_grad_(False), accuracies
 
 
-def _class_weights(head: int) -> Tensor | None:
+def _class_weights(classes: int, head: int) -> Tensor | None:
     """Empty patches are most of the image, so they count less; places count equally."""
     if head > 1:
         return None
-    weights = torch.ones(1 + len((COLOURS, SHAPES)[head]))
+    weights = torch.ones(classes)
     weights[0] = 0.3
     return weights
 

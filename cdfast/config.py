@@ -29,6 +29,10 @@ ZERO_STAGES = (0, 1, 2, 3)
 EVALUATION_SPLITS = ("validation", "test")
 TEACHER_PLACEMENTS = ("replicated", "sharded", "offloaded")
 MINIATURE = "miniature"
+PHOTOS = "miniature-photos"
+# What comes with the package: sets of scenes (as data, student and suite), and teacher -> its set.
+EMBEDDED_SCENES = (MINIATURE, PHOTOS)
+EMBEDDED_TEACHERS = {MINIATURE: MINIATURE, "miniature-unprivileged": MINIATURE, PHOTOS: PHOTOS}
 # The recipe of a command line that names none: the miniature, or, with models or data, this one.
 OWN_MODELS = "compodistill"
 _TRAINER_TYPES = {
@@ -192,13 +196,13 @@ class Recipe:
     description: str = _option("", "One line for --list.")
     teacher: str | None = _option(
         None,
-        "Teacher checkpoint (LLaVA kind; others with taf false), or 'miniature'. None: stages "
-        "without distillation.",
+        "Teacher checkpoint (LLaVA kind; others with taf false), or 'miniature', "
+        "'miniature-unprivileged' or 'miniature-photos'. None: stages without distillation.",
     )
     student: str = _option(
         "",
-        "Student: a causal language model or a LLaVA checkpoint, or 'miniature'; with taf false a "
-        "vision-language model of the teacher's family.",
+        "Student: a causal language model or a LLaVA checkpoint, or 'miniature' or "
+        "'miniature-photos'; with taf false a vision-language model of the teacher's family.",
     )
     vision_tower: str | None = _option(
         None, "Vision encoder checkpoint, to build a LLaVA model where there is no teacher."
@@ -212,7 +216,9 @@ class Recipe:
     teacher_dtype: str = _option("float32", "Teacher parameters: float32, bfloat16 or float16.")
     trust_remote_code: bool = _option(False, "Allow checkpoints to bring their own code.")
 
-    data: list[str] = _option([], "LLaVA JSON or `messages` files, or 'miniature'.")
+    data: list[str] = _option(
+        [], "LLaVA JSON or `messages` files, or 'miniature' or 'miniature-photos'."
+    )
     image_root: list[str] = _option([], "Folders that image paths are resolved in, and stay in.")
     max_length: int = _option(
         2048, "Tokens per sample; the end is cut, never an image.", at_least=1
@@ -258,7 +264,9 @@ class Recipe:
     lora_alpha: int = _option(256, "LoRA alpha.", at_least=1)
     lora_dropout: float = _option(0.05, "LoRA dropout.", at_least=0, below=1)
 
-    evaluate: str | None = _option(None, "Evaluation after training: 'miniature', or none.")
+    evaluate: str | None = _option(
+        None, "Evaluation after training: 'miniature', 'miniature-photos', or none."
+    )
     evaluate_per_kind: int = _option(300, "Caption pairs per question kind.", at_least=1)
     evaluate_vqa_per_kind: int = _option(150, "Recognition questions per kind.", at_least=1)
     evaluate_split: str = _option(
@@ -335,7 +343,7 @@ class Recipe:
         _choice("zero_stage", self.zero_stage, ZERO_STAGES)
         _choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
         if self.evaluate is not None:
-            _choice("evaluate", self.evaluate, (MINIATURE,))
+            _choice("evaluate", self.evaluate, EMBEDDED_SCENES)
         elif self.eval_questions:
             raise ConfigError(
                 f"eval_questions: expected none, because the recipe names no suite to take them "
@@ -355,6 +363,7 @@ class Recipe:
             raise ConfigError("student: expected a checkpoint; got none. Give --student PATH.")
         if not self.stages:
             raise ConfigError("stages: expected at least one; got none. Name them in the recipe.")
+        self._check_embedded()
         for number, stage in enumerate(self.stages, 1):
             if stage.needs_teacher and not self.teacher:
                 used = [name for name in TEACHER_WEIGHTS if getattr(stage, name)]
@@ -370,6 +379,24 @@ class Recipe:
                 )
         if self.taf and not self.teacher:
             raise ConfigError("taf: needs a teacher, whose adapter it fetches. Give --taf false.")
+
+    def _check_embedded(self) -> None:
+        """Refuse a mixture of embedded parts that do not know the same words."""
+        named: dict[str, list[Any]] = {"student": [self.student], "evaluate": [self.evaluate]}
+        named["data"] = self.data
+        for number, stage in enumerate(self.stages, 1):
+            named[f"data of stage {number} ({stage.stage})"] = stage.data or []
+        parts = {
+            role: [value for value in values if value in EMBEDDED_SCENES]
+            for role, values in named.items()
+        }
+        if self.teacher in EMBEDDED_TEACHERS:
+            parts["teacher"] = [EMBEDDED_TEACHERS[self.teacher]]
+        if len({value for values in parts.values() for value in values}) > 1:
+            raise ConfigError(
+                "miniature: expected teacher, student, data and evaluate of one set of scenes, "
+                f"because another set has other words; got {parts}. Name one set everywhere."
+            )
 
 
 def _unknown(what: str, got: str, known: Sequence[Any]) -> str:

@@ -21,7 +21,7 @@ from transformers import (
 from cdfast.adapters import set_trainable
 from cdfast.aligner import VisualAttentionAligner
 from cdfast.arguments import check_zero_options
-from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe
+from cdfast.config import EMBEDDED_SCENES, PROJECTOR_ONLY, ConfigError, Recipe
 from cdfast.hidden_projector import hidden_projector_size
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
@@ -66,10 +66,11 @@ def model_configs(recipe: Recipe) -> tuple[PreTrainedConfig | None, PreTrainedCo
     else:
         if recipe.teacher:
             teacher = load_config(teacher_source(recipe), recipe.trust_remote_code)
-        if recipe.student == MINIATURE:
+        if recipe.student in EMBEDDED_SCENES:
             from cdfast.synthetic import miniature_configs
+            from cdfast.worlds import WORLDS
 
-            text = miniature_configs()[1]
+            text = miniature_configs(WORLDS[recipe.student])[1]
         else:
             student = load_config(recipe.student, recipe.trust_remote_code)
             if teacher is None or (not recipe.taf and hasattr(student, "vision_config")):
@@ -172,7 +173,7 @@ def dry_run(recipe: Recipe) -> None:
             f"{stage.batch_size} x {stage.gradient_accumulation_steps} per process",
             f"{stage.learning_rate:g}",
             ", ".join(
-                f + ("" if f == MINIATURE or Path(f).exists() else " (absent)") for f in files
+                f + ("" if f in EMBEDDED_SCENES or Path(f).exists() else " (absent)") for f in files
             )
             or "none given",
         )

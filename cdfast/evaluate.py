@@ -26,6 +26,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from cdfast.config import EMBEDDED_TEACHERS, MINIATURE
 from cdfast.evaluate_tasks import evaluate_tasks
 from cdfast.evaluation_run import SCORINGS
 from cdfast.images import DataError
@@ -33,8 +34,9 @@ from cdfast.models import load_config
 from cdfast.scoring import MAX_NEW_TOKENS, likelihoods
 from cdfast.statistics import wilson_interval
 from cdfast.suites import Question, miniature_suite, with_shuffled_images
-from cdfast.synthetic import read_card
+from cdfast.synthetic import read_card, teacher_path
 from cdfast.tasks import SHORTHANDS, TASKS
+from cdfast.worlds import WORLDS
 
 __all__ = ["Question", "evaluate", "miniature_suite", "results_table", "with_shuffled_images"]
 
@@ -172,7 +174,9 @@ def _at_least_one(text: str) -> int:
 def command_parser() -> argparse.ArgumentParser:
     """The command line of `python -m cdfast.evaluate`."""
     parser = argparse.ArgumentParser("cdfast.evaluate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folder or hub name")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="checkpoint folder, hub name or embedded teacher"
+    )
     parser.add_argument("--split", choices=["validation", "test"], default="test")
     parser.add_argument(
         "--per-kind", type=_at_least_one, default=300, help="caption pairs per kind (miniature)"
@@ -189,7 +193,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results here")
     alone = parser.add_argument_group("without --tasks")
-    alone.add_argument("--suite", choices=["miniature"], default="miniature")
+    alone.add_argument("--suite", choices=list(WORLDS), default=MINIATURE)
     alone.add_argument("--shuffle-images", action="store_true", help="add the image-blind control")
     known = ", ".join([*TASKS, *SHORTHANDS])
     group = parser.add_argument_group("tasks")
@@ -231,9 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def load(name: str) -> tuple[Any, Any]:
         try:
-            load_config(name)  # refuses code from the hub
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=options.dtype)
-            return model.to(options.device).eval(), AutoProcessor.from_pretrained(name)
+            source = teacher_path(name) if name in EMBEDDED_TEACHERS else name
+            load_config(source)  # refuses code from the hub
+            model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=options.dtype)
+            return model.to(options.device).eval(), AutoProcessor.from_pretrained(source)
         # Configurations, tokenizers and unpicklers raise a dozen errors on damaged files.
         except Exception as error:
             parser.error(
@@ -259,7 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate_suite(options: argparse.Namespace, load: Callable[[str], tuple[Any, Any]]) -> None:
-    questions = miniature_suite(options.split, options.per_kind, options.vqa_per_kind, options.seed)
+    questions = miniature_suite(
+        options.split, options.per_kind, options.vqa_per_kind, options.seed, WORLDS[options.suite]
+    )
     reports: dict[str, dict[str, Any]] = {}
     for name in options.models:
         model, processor = load(name)
@@ -268,7 +275,7 @@ def _evaluate_suite(options: argparse.Namespace, load: Callable[[str], tuple[Any
         if options.shuffle_images:
             control = evaluate(model, processor, questions, batch_size=size, shuffle_images=True)
             reports[f"{name}, shuffled images"] = control
-    text_only = read_card().get("text_only", {})
+    text_only = read_card(options.suite).get("text_only", {})
     Console().print(results_table(reports, text_only))
     if options.json is not None:
         settings = {name: getattr(options, name) for name in ("suite", "split", "seed")}

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from cdfast.config import EMBEDDED_TEACHERS
 from cdfast.encoding import Sample, check_sample
 from cdfast.evaluation_files import LeftOut, StoredImage
 from cdfast.images import DataError, load_image
 from cdfast.manifest import describe
 from cdfast.scoring import likelihoods, replies
 from cdfast.suites import Item, Question
+from cdfast.synthetic import teacher_path
 
 FORMAT = 1
 SCORINGS = ("both", "likelihood", "generation")
@@ -37,7 +39,7 @@ class ResultsError(ValueError):
 
 def model_identity(name: str, config: Any) -> dict[str, Any]:
     """What tells a model from every other one: a digest of its files, or its commit on the hub."""
-    folder = Path(name)
+    folder = teacher_path(name) if name in EMBEDDED_TEACHERS else Path(name)
     if not folder.is_dir():
         return {"name": name, "commit": getattr(config, "_commit_hash", None)}
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and _WEIGHTS.fullmatch(p.name)]

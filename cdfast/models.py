@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from cdfast.adapters import assemble_student, check_assembly, vision_tower
 from cdfast.attention import refusal
-from cdfast.config import MINIATURE, ConfigError, Recipe
+from cdfast.config import EMBEDDED_SCENES, EMBEDDED_TEACHERS, ConfigError, Recipe
 from cdfast.engine import sharded_loading, unsharded_loading
 
 IMAGE_TOKEN = "<image>"
@@ -126,7 +126,10 @@ def check_models(recipe: Recipe) -> None:
     configs = {}
     for role in ("teacher", "student", "vision_tower"):
         source = getattr(recipe, role)
-        if not source or source == MINIATURE:
+        if role == "teacher" and source in EMBEDDED_TEACHERS:
+            teacher_source(recipe)
+            continue
+        if not source or source in EMBEDDED_SCENES:
             continue
         config = configs[role] = load_config(source, recipe.trust_remote_code)
         if role == "teacher" and not is_vision_language(config):
@@ -150,11 +153,14 @@ def check_models(recipe: Recipe) -> None:
 
 
 def teacher_source(recipe: Recipe) -> str | Path:
-    if recipe.teacher == MINIATURE:
+    assert recipe.teacher is not None
+    if recipe.teacher in EMBEDDED_TEACHERS:
         from cdfast.synthetic import teacher_path
 
-        return teacher_path()
-    assert recipe.teacher is not None
+        try:
+            return teacher_path(recipe.teacher)
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from error
     return recipe.teacher
 
 
@@ -251,11 +257,12 @@ def init_projector(model: PreTrainedModel) -> None:
 
 def make_initial_student(recipe: Recipe, processor: Any, folder: Path) -> None:
     """Write the student the first stage starts from: assembled, with a new projector if due."""
-    if recipe.student == MINIATURE:
+    if recipe.student in EMBEDDED_SCENES:
         from cdfast.synthetic import make_student
+        from cdfast.worlds import WORLDS
 
         with tempfile.TemporaryDirectory() as scratch:
-            source = make_student(Path(scratch) / "student", recipe.seed)
+            source = make_student(Path(scratch) / "student", recipe.seed, WORLDS[recipe.student])
             student = load_model(source, recipe.dtype)
     else:
         student = load_model(recipe.student, recipe.dtype, recipe.trust_remote_code)

@@ -13,30 +13,37 @@ from torch.utils.data import Dataset
 
 from cdfast.encoding import Sample
 from cdfast.pairs import encode_pair
-from cdfast.questions import VQA_CHOICES
-from cdfast.scenes import COLOURS, COLUMNS, ROWS, SHAPES, render
+from cdfast.questions import vqa_choices
+from cdfast.scenes import COLOURS, COLUMNS, ROWS, TOYS, World, render
 from cdfast.synthetic import SceneDataset, turns_as_messages
 
-# Words that exclude each other as (a word of) an answer. Of the relations only opposites do.
-_EXCLUSIVE = (
-    *(("A", "B"), ("yes", "no"), VQA_CHOICES["count"], tuple(COLOURS), SHAPES, ROWS, COLUMNS),
-    *(("left", "right"), ("above", "below")),
-)
+
+def _exclusive(world: World) -> tuple[tuple[str, ...], ...]:
+    """Words that exclude each other as (a word of) an answer. Of the relations only opposites do."""
+    return (
+        *(("A", "B"), ("yes", "no"), vqa_choices(world)["count"], tuple(COLOURS), world.shapes),
+        *(ROWS, COLUMNS, ("left", "right"), ("above", "below")),
+    )
 
 
-def wrong_answer(answer: str, rng: random.Random) -> str:
+def wrong_answer(answer: str, rng: random.Random, world: World = TOYS) -> str:
     """`answer` with one word, drawn at random, replaced by another that excludes it.
+
+    Args:
+        answer: to a question about a scene of `world`.
+        rng: draws the word.
+        world: whose words there are.
 
     Raises:
         ValueError: the answer has no word that could be replaced.
     """
-    words = answer.split()
+    words, groups = answer.split(), _exclusive(world)
     open_to_change = [
-        (n, group) for n, word in enumerate(words) for group in _EXCLUSIVE if word in group
+        (n, group) for n, word in enumerate(words) for group in groups if word in group
     ]
     if not open_to_change:
         raise ValueError(
-            f"answer: expected a word of {sorted({w for g in _EXCLUSIVE for w in g})}; got "
+            f"answer: expected a word of {sorted({w for g in groups for w in g})}; got "
             f"{answer!r}. Add its words to preference_scenes."
         )
     n, group = rng.choice(open_to_change)
@@ -64,11 +71,11 @@ class PreferenceScenes(Dataset[dict[str, Any]]):
         """Item `index` before it is encoded."""
         scene, turns = self.scenes.draw(index)
         question, answer = turns[0]
-        split, seed = self.scenes.split, self.scenes.seed
+        split, seed, world = self.scenes.split, self.scenes.seed, self.scenes.world
         rng = random.Random(f"rejected/{split}/{seed}/{index % len(self)}")
-        source = f"miniature {split} pairs, seed {seed}, scene {index}"
+        source = f"{world.name} {split} pairs, seed {seed}, scene {index}"
         messages = turns_as_messages([(question, answer)])
-        return Sample(messages, (render(scene),), source, wrong_answer(answer, rng))
+        return Sample(messages, (render(scene),), source, wrong_answer(answer, rng, world))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return encode_pair(self.processor, self.sample(index))

@@ -180,13 +180,14 @@ class Probe:
 def probe_questions(recipe: Recipe) -> Sequence[Question]:
     """Of the recipe's suite: its validation split, as the test split judges the trained student."""
     from cdfast.suites import miniature_suite
+    from cdfast.worlds import WORLDS
 
     per_kind = recipe.eval_questions
     if per_kind is None:
         per_kind = QUESTIONS_PER_KIND
     if recipe.evaluate is None or not per_kind:
         return ()
-    return miniature_suite("validation", per_kind, per_kind)
+    return miniature_suite("validation", per_kind, per_kind, world=WORLDS[recipe.evaluate])
 
 
 def matched_layers(

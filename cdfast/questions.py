@@ -1,4 +1,4 @@
-"""Questions about toy scenes: recognition, places, relations, and which of two captions fits.
+"""Questions about scenes: recognition, places, relations, and which of two captions fits.
 
 The kinds are those of training turns (`TURN_KINDS`); the evaluation asks the caption pairs (`ab`)
 and the recognition kinds (`VQA_KINDS`). Like `cdfast.scenes`, the module holds no random state.
@@ -14,23 +14,16 @@ from cdfast.scenes import (
     COLUMNS,
     CR_KINDS,
     OBJECTS_PER_SCENE,
-    PAIRS,
     ROWS,
-    SHAPES,
     Scene,
     SceneObject,
     Statement,
+    World,
     caption_pair,
     true_relations,
 )
 
-VQA_CHOICES = {
-    "exist": ("yes", "no"),
-    "colour": tuple(COLOURS),
-    "count": tuple(str(n) for n in range(OBJECTS_PER_SCENE[0], OBJECTS_PER_SCENE[1] + 1)),
-    "shape": SHAPES,
-}
-VQA_KINDS = tuple(VQA_CHOICES)
+VQA_KINDS = ("exist", "colour", "count", "shape")
 TURN_KINDS = ("list", "vqa", "loc", "rel", "verify", "ab")
 
 # How often each kind is drawn for training turns; relations and counts are the hardest to learn.
@@ -39,6 +32,16 @@ VQA_WEIGHTS = dict(zip(VQA_KINDS, (0.2, 0.3, 0.3, 0.2)))
 KIND_ATTEMPTS = 20
 
 Turn = tuple[str, str]
+
+
+def vqa_choices(world: World) -> dict[str, tuple[str, ...]]:
+    """The candidate answers of each recognition kind."""
+    return {
+        "exist": ("yes", "no"),
+        "colour": tuple(COLOURS),
+        "count": tuple(str(n) for n in range(OBJECTS_PER_SCENE[0], OBJECTS_PER_SCENE[1] + 1)),
+        "shape": world.shapes,
+    }
 
 
 def ab_question(first: Statement, second: Statement) -> str:
@@ -53,7 +56,7 @@ def vqa_question(scene: Scene, kind: str, rng: random.Random) -> Turn | None:
         present = [o.pair for o in objects]
         if rng.random() < 0.5:
             return _exist(rng.choice(present)), "yes"
-        absent = [pair for pair in PAIRS if pair not in present]
+        absent = [pair for pair in scene.world.pairs if pair not in present]
         hard = [pair for pair in absent if pair[0] in {p[0] for p in present}]
         return _exist(rng.choice(hard if hard and rng.random() < 0.5 else absent)), "no"
     if kind == "count":

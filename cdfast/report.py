@@ -29,6 +29,8 @@ NARROWEST_SCALE = 0.2
 # Recipe fields that say nothing about how two runs of a comparison differ.
 _NOT_COMPARED = ("name", "description", "output_dir", "compare", "stages")
 _ALIGNMENT_UNITS = {"mse": "mean squared difference", "kl": "nats per row"}
+# Embedded teachers that were shown ground-truth boxes; a test compares them with their cards.
+PRIVILEGED_TEACHERS = ("miniature", "miniature-photos")
 _CAVEAT = """The teacher of the embedded miniature was trained with privileged supervision of its
 attention maps (ground-truth boxes of the objects), and students run few steps on toy scenes. The
 numbers therefore show how fast a student learns under this setting; they are no general ranking of
@@ -169,7 +171,7 @@ def _headline(results: Results) -> str:
     parts = [f"<h1>{text(name)}</h1>"]
     parts += [f"<p>{text(line)}</p>" for line in (recipe.get("description"), what) if line]
     parts.append(f'<p class="outcome">{text(_outcome(run))}</p>')
-    if any(r.get("recipe", {}).get("teacher") == "miniature" for r in results.values()):
+    if any(r.get("recipe", {}).get("teacher") in PRIVILEGED_TEACHERS for r in results.values()):
         parts.append(f'<aside class="caveat" aria-label="Caveat"><p>{_CAVEAT}</p></aside>')
     return "".join(parts)
 

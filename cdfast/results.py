@@ -135,12 +135,15 @@ def measure_accuracy(
     from cdfast.evaluate import evaluate
     from cdfast.suites import miniature_suite
     from cdfast.synthetic import check_disjoint, read_card
+    from cdfast.worlds import WORLDS
 
+    assert recipe.evaluate is not None
     questions = miniature_suite(
         recipe.evaluate_split,
         recipe.evaluate_per_kind,
         recipe.evaluate_vqa_per_kind,
         recipe.evaluate_seed,
+        WORLDS[recipe.evaluate],
     )
     check_disjoint({question.source for question in questions}, trained_scenes)
     reports = {"student": evaluate(student, processor, questions)}
@@ -154,7 +157,7 @@ def measure_accuracy(
         "split": recipe.evaluate_split,
         "seed": recipe.evaluate_seed,
         "models": reports,
-        "text_only": read_card()["text_only"],
+        "text_only": read_card(recipe.evaluate)["text_only"],
     }
 
 

@@ -1,4 +1,7 @@
-"""Compositional toy scenes in a 3x3 grid, and true and false captions in SugarCrepe's seven kinds.
+"""Compositional scenes in a 3x3 grid, and true and false captions in SugarCrepe's seven kinds.
+
+What the objects are and how a scene looks is a `World`: `TOYS` draws coloured shapes, and
+`cdfast.worlds` has handwritten digits on photographs.
 
 Everything is drawn from a `random.Random` that the caller passes in; the module holds no random
 state. A scene belongs to one split by a hash of what is in it (colour, shape and cell of every
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +39,6 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left", "right", "above", "below")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("west", "center", "east")
-PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 CR_KINDS = (
     "swap_att",
@@ -78,12 +81,62 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
+class World:
+    """What scenes are made of and how they look.
+
+    Args:
+        name: as data, in recipes and on command lines.
+        shapes: the words for what an object can be; colours, places and relations are common to
+            all worlds.
+        render: scene -> uint8 (48, 48, 3). What varies beside the objects comes from the scene's
+            own seed, so a scene always looks the same.
+    """
+
+    name: str
+    shapes: tuple[str, ...]
+    render: Callable[[Scene], np.ndarray]
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Every (colour, shape)."""
+        return tuple((colour, shape) for colour in COLOURS for shape in self.shapes)
+
+
+def render_toys(scene: Scene) -> np.ndarray:
+    """Coloured shapes on grey, with noise, as uint8 (48, 48, 3)."""
+    axis = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
+    image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), scene.background, np.float32)
+    for o in scene.objects:
+        dy, dx = np.meshgrid(axis - o.y, axis - o.x, indexing="ij")
+        if o.shape == "circle":
+            inside = dx * dx + dy * dy <= o.radius**2
+        elif o.shape == "square":
+            inside = np.maximum(abs(dx), abs(dy)) <= o.radius * 0.86
+        else:
+            inside = (dy <= o.radius * 0.8) & (abs(dx) * 1.7 <= dy + o.radius)
+        image[inside] = COLOURS[o.colour]
+    noise = np.random.default_rng(scene.noise_seed).standard_normal(image.shape, np.float32)
+    return np.clip(image + NOISE_STD * noise, 0, 255).astype(np.uint8)
+
+
+TOYS = World("miniature", SHAPES, render_toys)
+
+
+@dataclass(frozen=True)
 class Scene:
-    """Two or three objects, no two of the same colour and shape, on a grey background."""
+    """Two or three objects, no two of the same colour and shape.
+
+    Args:
+        objects: in the order they were drawn.
+        background: its brightness, in `BACKGROUND`.
+        noise_seed: of what is seen beside the objects' names, colours and places.
+        world: what the scene is made of.
+    """
 
     objects: tuple[SceneObject, ...]
     background: int
     noise_seed: int
+    world: World = TOYS
 
 
 @dataclass(frozen=True)
@@ -114,19 +167,19 @@ def split_of(key: SceneKey) -> str:
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
-def draw_scene(rng: random.Random, split: str) -> Scene:
+def draw_scene(rng: random.Random, split: str, world: World = TOYS) -> Scene:
     """A uniformly drawn scene of `split` ("train", "validation" or "test")."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     while True:
         number = rng.randint(*OBJECTS_PER_SCENE)
         cells = rng.sample(range(GRID**2), number)
-        pairs = rng.sample(PAIRS, number)
+        pairs = rng.sample(world.pairs, number)
         key = tuple(sorted((*pair, cell) for pair, cell in zip(pairs, cells)))
         if split_of(key) == split:
             break
     objects = tuple(_place(rng, pair, cell) for pair, cell in zip(pairs, cells))
-    return Scene(objects, rng.randint(*BACKGROUND), rng.getrandbits(63))
+    return Scene(objects, rng.randint(*BACKGROUND), rng.getrandbits(63), world)
 
 
 def _place(rng: random.Random, pair: tuple[str, str], cell: int) -> SceneObject:
@@ -136,20 +189,8 @@ def _place(rng: random.Random, pair: tuple[str, str], cell: int) -> SceneObject:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The scene as uint8 (48, 48, 3); the noise is the scene's own."""
-    axis = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-    image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), scene.background, np.float32)
-    for o in scene.objects:
-        dy, dx = np.meshgrid(axis - o.y, axis - o.x, indexing="ij")
-        if o.shape == "circle":
-            inside = dx * dx + dy * dy <= o.radius**2
-        elif o.shape == "square":
-            inside = np.maximum(abs(dx), abs(dy)) <= o.radius * 0.86
-        else:
-            inside = (dy <= o.radius * 0.8) & (abs(dx) * 1.7 <= dy + o.radius)
-        image[inside] = COLOURS[o.colour]
-    noise = np.random.default_rng(scene.noise_seed).standard_normal(image.shape, np.float32)
-    return np.clip(image + NOISE_STD * noise, 0, 255).astype(np.uint8)
+    """The scene as uint8 (48, 48, 3), as its world draws it."""
+    return scene.world.render(scene)
 
 
 def true_relations(a: SceneObject, b: SceneObject) -> list[str]:
@@ -217,7 +258,7 @@ def _propose_pair(
     target, unchanged = (a, b) if about_first else (b, a)
     if kind in ("replace_att", "replace_obj", "add_att"):
         wrong_colour = rng.choice([c for c in COLOURS if c != target.colour])
-        wrong_shape = rng.choice([s for s in SHAPES if s != target.shape])
+        wrong_shape = rng.choice([s for s in scene.world.shapes if s != target.shape])
         if kind == "replace_obj":
             wrong = (target.colour, wrong_shape)
         else:
@@ -240,7 +281,7 @@ def _propose_pair(
         rest = [pair for pair in present if pair not in (a.pair, b.pair)]
         if not rest:
             return None
-        absent = rng.choice([pair for pair in PAIRS if pair not in present])
+        absent = rng.choice([pair for pair in scene.world.pairs if pair not in present])
         return (
             Statement(first, relation, second, rng.choice(rest)),
             Statement(first, relation, second, absent),

@@ -23,7 +23,14 @@ from cdfast_kernels import available_backends
 from torch import nn
 
 from cdfast.adapters import is_adapter, set_trainable, share_vision_tower
-from cdfast.config import MINIATURE, PROJECTOR_ONLY, ConfigError, Recipe, StageRecipe
+from cdfast.config import (
+    EMBEDDED_SCENES,
+    EMBEDDED_TEACHERS,
+    PROJECTOR_ONLY,
+    ConfigError,
+    Recipe,
+    StageRecipe,
+)
 from cdfast.data import DataError, load_dataset
 from cdfast.engine import full_state_dict, release_engine
 from cdfast.export import write_student
@@ -101,7 +108,7 @@ def check_stages(run: Run) -> None:
     for number, stage in enumerate(run.recipe.stages, 1):
         where = f"stage {number} ({stage.stage})"
         for path in stage.data or run.recipe.data:
-            if path != MINIATURE and not Path(path).exists():
+            if path not in EMBEDDED_SCENES and not Path(path).exists():
                 raise ConfigError(
                     f"data: {where}: expected an existing file; got {path!r}. Give --data FILE."
                 )
@@ -168,7 +175,7 @@ def _check_alignment(recipe: Recipe) -> None:
         if value is not None and value not in allowed:
             raise ConfigError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}.")
     for source in (recipe.teacher, recipe.student):
-        if source and source != MINIATURE:
+        if source and source not in EMBEDDED_TEACHERS:
             config = load_config(source, recipe.trust_remote_code).get_text_config(decoder=True)
             layers_in_range(config.num_hidden_layers, recipe.layers or "intermediate")
 
@@ -179,6 +186,7 @@ def stage_dataset(run: Run, number: int) -> Any:
     data = stage.data or recipe.data
     if uses_scenes(recipe, number):
         from cdfast.synthetic import SceneDataset
+        from cdfast.worlds import WORLDS
 
         steps = stage.max_steps
         if steps < 1:
@@ -189,7 +197,11 @@ def stage_dataset(run: Run, number: int) -> Any:
         per_step = stage.batch_size * stage.gradient_accumulation_steps * run.state.num_processes
         mix: dict[str, Any] = {"turns_mix": stage.turns_mix} if stage.turns_mix else {}
         scenes = SceneDataset(
-            "train", seed=recipe.seed * 100 + number, size=steps * per_step, **mix
+            "train",
+            seed=recipe.seed * 100 + number,
+            size=steps * per_step,
+            world=WORLDS[data[0]],
+            **mix,
         )
         return _encoded_scenes(scenes, run.processor, stage.pairs)
     return _opened(run, data, stage.image_root or recipe.image_root, stage.pairs)
@@ -227,10 +239,12 @@ def held_out(run: Run, pairs: bool = False) -> Any:
     if uses_scenes(recipe, number):
         from cdfast.synthetic import SceneDataset
 
-        mix = stage_dataset(run, number).scenes.turns_mix
+        trained = stage_dataset(run, number).scenes
         size = max(64, recipe.eval_samples)
-        scenes = SceneDataset("validation", size=size, turns_mix=mix)
-        return _encoded_scenes(scenes, run.processor, pairs)
+        fresh = SceneDataset(
+            "validation", size=size, turns_mix=trained.turns_mix, world=trained.world
+        )
+        return _encoded_scenes(fresh, run.processor, pairs)
     return None
 
 
@@ -253,7 +267,8 @@ def trained_scenes(run: Run) -> set[Any]:
 
 def uses_scenes(recipe: Recipe, number: int) -> bool:
     """Whether a stage trains on the embedded scenes."""
-    return (recipe.stages[number - 1].data or recipe.data) == [MINIATURE]
+    data = recipe.stages[number - 1].data or recipe.data
+    return len(data) == 1 and data[0] in EMBEDDED_SCENES
 
 
 def trained_matches(stages: Sequence[dict[str, Any]]) -> Matches | None:

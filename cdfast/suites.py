@@ -11,8 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cdfast.questions import VQA_CHOICES, VQA_KINDS, ab_question, vqa_question
-from cdfast.scenes import CR_KINDS, caption_pair, draw_scene, render, scene_key, split_of
+from cdfast.questions import VQA_KINDS, ab_question, vqa_choices, vqa_question
+from cdfast.scenes import (
+    CR_KINDS,
+    TOYS,
+    World,
+    caption_pair,
+    draw_scene,
+    render,
+    scene_key,
+    split_of,
+)
 
 # Draws for each question wanted; about one in three scenes has no question of the rarest kind.
 MAX_DRAWS = 100
@@ -72,30 +81,35 @@ class Item:
 
 
 def miniature_suite(
-    split: str = "test", per_kind: int = 300, vqa_per_kind: int = 150, seed: int = 0
+    split: str = "test",
+    per_kind: int = 300,
+    vqa_per_kind: int = 150,
+    seed: int = 0,
+    world: World = TOYS,
 ) -> list[Question]:
-    """Questions about toy scenes that no training set contains.
+    """Questions about scenes that no training set contains.
 
     Args:
         split: "test", or "validation" for choosing settings.
         per_kind: caption pairs for each of the seven kinds; each is asked in both orders.
         vqa_per_kind: questions for each of the four recognition kinds.
         seed: another seed draws other scenes of the split.
+        world: what the scenes are made of.
     """
     if split not in ("validation", "test"):
         raise ValueError(f"split: expected 'validation' or 'test', got {split!r}")
     questions: list[Question] = []
     for kind in CR_KINDS:
-        questions += _ask(kind, "CR", split, per_kind, seed)
+        questions += _ask(kind, "CR", split, per_kind, seed, world)
     for kind in VQA_KINDS:
-        questions += _ask(kind, "VQA", split, vqa_per_kind, seed)
+        questions += _ask(kind, "VQA", split, vqa_per_kind, seed, world)
     for question in questions:
         if split_of(question.source) != split:
             raise AssertionError(f"scene {question.source} is not one of split {split}")
     return questions
 
 
-def _ask(kind: str, group: str, split: str, number: int, seed: int) -> list[Question]:
+def _ask(kind: str, group: str, split: str, number: int, seed: int, world: World) -> list[Question]:
     rng = random.Random(f"evaluation/{split}/{seed}/{kind}")
     questions: list[Question] = []
     asked: set[Any] = set()
@@ -107,7 +121,7 @@ def _ask(kind: str, group: str, split: str, number: int, seed: int) -> list[Ques
                 f"number of questions of kind {kind}: expected at most about {len(asked)}, "
                 f"got {number}; split {split!r} has no more scenes for it"
             )
-        scene = draw_scene(rng, split)
+        scene = draw_scene(rng, split, world)
         if group == "CR":
             pair = caption_pair(scene, kind, rng)
             if pair is None:
@@ -119,7 +133,7 @@ def _ask(kind: str, group: str, split: str, number: int, seed: int) -> list[Ques
             if turn is None:
                 continue
             turns = [turn]
-            choices = VQA_CHOICES[kind]
+            choices = vqa_choices(world)[kind]
         key = (scene_key(scene), turns[0])
         if key in asked:
             continue

@@ -1,8 +1,10 @@
-"""The embedded miniature: a training set of toy scenes, its processor, its teacher and students.
+"""The embedded miniature: training sets of scenes, processors, teachers and students.
 
-`SceneDataset` feeds the same path as real data; `teacher_path()` is the checkpoint that comes with
-the package (made by `python -m cdfast.build_miniature`), and `make_student` writes an untrained
-student beside it. Source of the question kinds: SugarCrepe (arXiv 2306.14610).
+`SceneDataset` feeds the same path as real data; `teacher_path(name)` is a checkpoint that comes
+with the package (made by `python -m cdfast.build_miniature`), and `make_student` writes an
+untrained student beside it. What scenes are made of is a `World` (`cdfast.worlds`).
+
+Source of the question kinds: SugarCrepe (arXiv 2306.14610).
 """
 
 from __future__ import annotations
@@ -37,15 +39,17 @@ from cdfast.scenes import (
     IMAGE_SIZE,
     RELATIONS,
     ROWS,
-    SHAPES,
     SPLITS,
+    TOYS,
     Scene,
     SceneKey,
+    World,
     draw_scene,
     render,
     scene_key,
     split_of,
 )
+from cdfast.worlds import PHOTOS
 
 __all__ = [
     "TURN_KINDS",
@@ -61,6 +65,7 @@ __all__ = [
     "scene_key",
     "split_of",
     "teacher_path",
+    "vocabulary",
 ]
 
 PATCH_SIZE = 8
@@ -70,7 +75,8 @@ WIDTH = 96
 HEADS = 6
 TEACHER_LAYERS = 6
 STUDENT_LAYERS = 4
-VISION_WIDTH = 64
+# World -> width and layers of its vision encoder: handwriting is harder to read than shapes.
+VISION_SIZES = {TOYS.name: (64, 2), PHOTOS.name: (96, 3)}
 EMBEDDING_STD = 0.6
 LM_HEAD_STD = 0.02
 
@@ -80,7 +86,6 @@ FUNCTION_WORDS = (
     *("which", "fits", "true", "is", "there", "what", "colour", "shape", "how", "many"),
     *("objects", "list", "where"),
 )
-VOCABULARY = (*SPECIAL_TOKENS, *COLOURS, *SHAPES, *RELATIONS, *ROWS, *COLUMNS, *FUNCTION_WORDS)
 
 # One turn renders as `<bos> <image> Q question ans answer <eos>`.
 CHAT_TEMPLATE = """\
@@ -104,8 +109,14 @@ CHAT_TEMPLATE = """\
 """
 
 
+def vocabulary(world: World = TOYS) -> tuple[str, ...]:
+    """The words of a world's tokenizer; a word's place is its token id."""
+    names = (*COLOURS, *world.shapes, *RELATIONS, *ROWS, *COLUMNS)
+    return (*SPECIAL_TOKENS, *names, *FUNCTION_WORDS)
+
+
 class SceneDataset(Dataset[Sample]):
-    """Toy scenes with several questions each; item i depends on (split, seed, i) alone.
+    """Scenes with several questions each; item i depends on (split, seed, i) alone.
 
     Args:
         split: "train", "validation" or "test"; no scene is in two of them.
@@ -114,6 +125,7 @@ class SceneDataset(Dataset[Sample]):
         turns_mix: turns per scene by kind, a mapping or six numbers in `TURN_KINDS` order
             (list, vqa, loc, rel, verify, ab).
         cr_weights: relative frequency of the caption kinds in verify and ab turns.
+        world: what the scenes are made of.
     """
 
     def __init__(
@@ -123,6 +135,7 @@ class SceneDataset(Dataset[Sample]):
         size: int = 4480,
         turns_mix: Mapping[str, int] | Sequence[int] = (0, 2, 1, 1, 3, 2),
         cr_weights: Mapping[str, float] | None = None,
+        world: World = TOYS,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
@@ -133,6 +146,7 @@ class SceneDataset(Dataset[Sample]):
         self.size = size
         self.turns_mix = normalise_mix(turns_mix)
         self.cr_weights = cr_weights
+        self.world = world
 
     def __len__(self) -> int:
         return self.size
@@ -145,18 +159,18 @@ class SceneDataset(Dataset[Sample]):
     def draw(self, index: int) -> tuple[Scene, list[Turn]]:
         """The scene and the (question, answer) turns of item `index`."""
         rng = self._generator(index)
-        scene = draw_scene(rng, self.split)
+        scene = draw_scene(rng, self.split, self.world)
         return scene, draw_turns(scene, self.turns_mix, rng, self.cr_weights)
 
     def __getitem__(self, index: int) -> Sample:
         scene, turns = self.draw(index)
-        source = f"miniature {self.split}, seed {self.seed}, scene {index}"
+        source = f"{self.world.name} {self.split}, seed {self.seed}, scene {index}"
         return Sample(turns_as_messages(turns), (render(scene),), source)
 
     def scene_keys(self) -> set[SceneKey]:
         """The keys of all scenes, without rendering them or asking about them."""
-        scenes = (draw_scene(self._generator(index), self.split) for index in range(self.size))
-        return {scene_key(scene) for scene in scenes}
+        generators = (self._generator(index) for index in range(self.size))
+        return {scene_key(draw_scene(rng, self.split, self.world)) for rng in generators}
 
 
 class EncodedScenes(Dataset[dict[str, Any]]):
@@ -195,12 +209,12 @@ def check_disjoint(evaluation: Iterable[SceneKey], training: Iterable[SceneKey])
         )
 
 
-def make_processor() -> LlavaProcessor:
+def make_processor(world: World = TOYS) -> LlavaProcessor:
     """A word-level tokenizer, a 48x48 image processor and the chat template, as one processor."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    words = {word: index for index, word in enumerate(VOCABULARY)}
+    words = {word: index for index, word in enumerate(vocabulary(world))}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -231,23 +245,28 @@ def make_processor() -> LlavaProcessor:
     )
 
 
-def miniature_configs() -> tuple[LlavaConfig, Qwen2Config]:
+def miniature_configs(world: World = TOYS) -> tuple[LlavaConfig, Qwen2Config]:
     """The teacher's configuration (96 wide, 6 layers) and the student's text configuration (4)."""
+    width, layers = VISION_SIZES[world.name]
     vision = SiglipVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=2 * VISION_WIDTH,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         vision_use_head=False,
     )
-    return llava_config(vision, _text_config(TEACHER_LAYERS)), _text_config(STUDENT_LAYERS)
+    return (
+        llava_config(vision, _text_config(TEACHER_LAYERS, world)),
+        _text_config(STUDENT_LAYERS, world),
+    )
 
 
-def _text_config(layers: int) -> Qwen2Config:
+def _text_config(layers: int, world: World) -> Qwen2Config:
+    words = vocabulary(world)
     return Qwen2Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(words),
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
         num_hidden_layers=layers,
@@ -256,9 +275,9 @@ def _text_config(layers: int) -> Qwen2Config:
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        pad_token_id=VOCABULARY.index("<pad>"),
-        bos_token_id=VOCABULARY.index("<bos>"),
-        eos_token_id=VOCABULARY.index("<eos>"),
+        pad_token_id=words.index("<pad>"),
+        bos_token_id=words.index("<bos>"),
+        eos_token_id=words.index("<eos>"),
     )
 
 
@@ -268,7 +287,7 @@ def llava_config(vision: SiglipVisionConfig, text: Qwen2Config) -> LlavaConfig:
         vision_config=vision,
         text_config=text,
         # `image_token_id` is this field's other name.
-        image_token_index=VOCABULARY.index("<image>"),
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
         image_seq_length=VISUAL_TOKENS,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
@@ -309,42 +328,57 @@ def build_miniature_model(config: LlavaConfig, seed: int) -> LlavaForConditional
     return model
 
 
-def assets_path() -> Path:
-    """The folder of the shipped miniature."""
-    return Path(str(importlib.resources.files("cdfast") / "assets" / "miniature"))
+def assets_path(name: str = TOYS.name) -> Path:
+    """The folder of a shipped teacher and its card."""
+    return Path(str(importlib.resources.files("cdfast") / "assets" / name))
 
 
-def teacher_path() -> Path:
-    """The shipped teacher: model and processor, for `from_pretrained`."""
-    return assets_path() / "teacher"
+def teacher_path(name: str = TOYS.name) -> Path:
+    """An embedded teacher: model and processor, for `from_pretrained`.
+
+    Args:
+        name: "miniature", "miniature-unprivileged" or "miniature-photos".
+
+    Raises:
+        FileNotFoundError: it has not been made in this installation.
+    """
+    folder = assets_path(name) / "teacher"
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"teacher {name!r}: expected its checkpoint in {folder}; found none. Make it with "
+            f"python -m cdfast.build_miniature --which {name}"
+        )
+    return folder
 
 
-def read_card() -> dict[str, Any]:
-    """How the shipped miniature was made and how well it does: `card.json`."""
-    return json.loads((assets_path() / "card.json").read_text())
+def read_card(name: str = TOYS.name) -> dict[str, Any]:
+    """How a shipped teacher was made and how well it does: `card.json`."""
+    return json.loads((assets_path(name) / "card.json").read_text())
 
 
-def build_student(seed: int = 0) -> LlavaForConditionalGeneration:
-    """An untrained float32 student that has the teacher's vision tower.
+def build_student(seed: int = 0, world: World = TOYS) -> LlavaForConditionalGeneration:
+    """An untrained float32 student that has its teacher's vision tower.
 
     Args:
         seed: of the student's language model and adapter.
+        world: whose scenes it will see; the teachers of one world share their vision tower.
     """
-    teacher = AutoModelForImageTextToText.from_pretrained(teacher_path(), dtype=torch.float32)
-    _, text = miniature_configs()
+    source = teacher_path(world.name)
+    teacher = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    _, text = miniature_configs(world)
     student = build_miniature_model(llava_config(teacher.config.vision_config, text), seed)
     student.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
     return student
 
 
-def make_student(directory: str | Path, seed: int = 0) -> Path:
-    """Write `build_student(seed)` and the teacher's processor; return their path.
+def make_student(directory: str | Path, seed: int = 0, world: World = TOYS) -> Path:
+    """Write `build_student(seed, world)` and the teacher's processor; return their path.
 
     Args:
         directory: created if needed; a plain LLaVA checkpoint for `from_pretrained`.
-        seed: as in `build_student`.
+        seed, world: as in `build_student`.
     """
     directory = Path(directory)
-    build_student(seed).save_pretrained(directory)
-    AutoProcessor.from_pretrained(teacher_path()).save_pretrained(directory)
+    build_student(seed, world).save_pretrained(directory)
+    AutoProcessor.from_pretrained(teacher_path(world.name)).save_pretrained(directory)
     return directory

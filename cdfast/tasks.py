@@ -11,7 +11,9 @@ from cdfast.caption_tasks import read_bivlc, read_sade, read_sugarcrepe, read_wi
 from cdfast.evaluation_files import LeftOut, StoredImage
 from cdfast.images import DataError, check_image
 from cdfast.relation_tasks import read_rbench, read_reefknot
+from cdfast.scenes import TOYS, World
 from cdfast.suites import Item, Question, miniature_suite
+from cdfast.worlds import PHOTOS
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Task:
         read: reads its files; None: the miniature, which needs none.
         group: the average it counts in; None: in none.
         over_subsets: the score is the mean over subsets; otherwise all records count alike.
+        world: of the miniature's scenes; None for every other task.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Task:
     headline: str
     read: Callable[[Path, LeftOut], list[Item]] | None = None
     over_subsets: bool = False
+    world: World | None = None
 
 
 # Group -> the tasks of its average in the paper.
@@ -52,8 +56,15 @@ TASKS = {
         Task("winoground", "Winoground", "matching", "choice", read_winoground),
         Task("rbench", "R-Bench", "yes_no", "f1", read_rbench, True),
         Task("reefknot", "Reefknot", "yes_no", "f1", read_reefknot),
-        Task("miniature_cr", "miniature CR", "choice", "accuracy", None, True),
-        Task("miniature_vqa", "miniature VQA", "choice", "accuracy", None, True),
+        *(
+            Task(f"{name}_{group}", title, "choice", "accuracy", None, True, world)
+            for name, group, title, world in (
+                ("miniature", "cr", "miniature CR", TOYS),
+                ("miniature", "vqa", "miniature VQA", TOYS),
+                ("miniature_photos", "cr", "miniature-photos CR", PHOTOS),
+                ("miniature_photos", "vqa", "miniature-photos VQA", PHOTOS),
+            )
+        ),
         Task("vqav2", "VQAv2", "delegated", "score"),
         Task("gqa", "GQA", "delegated", "score"),
         Task("textvqa", "TextVQA", "delegated", "score"),
@@ -64,6 +75,7 @@ TASKS = {
 }
 SHORTHANDS = {
     "miniature": ("miniature_cr", "miniature_vqa"),
+    "miniature-photos": ("miniature_photos_cr", "miniature_photos_vqa"),
     "cr": AVERAGES["CR"],
     "vqa": AVERAGES["VQA"],
     "relations": ("rbench", "reefknot"),
@@ -109,12 +121,13 @@ def load_items(
         DataError: a missing or damaged file; a broken record, unless `left_out` skips; no record.
         ValueError: no data folder for a task that needs one.
     """
-    if task.read is None:
-        vqa = task.name == "miniature_vqa"
+    if task.world is not None:
+        vqa = task.name.endswith("_vqa")
         sizes = (1, vqa_per_kind) if vqa else (per_kind, 1)
-        questions = miniature_suite(split, *sizes, seed)
+        questions = miniature_suite(split, *sizes, seed, task.world)
         items = items_of([q for q in questions if q.group == ("VQA" if vqa else "CR")])
         return _first(items, limit)
+    assert task.read is not None
     if data is None:
         raise ValueError(
             f"--data: expected the folder that holds {task.name}/ with the files of {task.title}; "

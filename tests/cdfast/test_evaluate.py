@@ -26,8 +26,8 @@ from cdfast.evaluate import (
     wilson_interval,
     with_shuffled_images,
 )
-from cdfast.questions import VQA_CHOICES
-from cdfast.scenes import CR_KINDS, split_of
+from cdfast.questions import VQA_KINDS, vqa_choices
+from cdfast.scenes import CR_KINDS, TOYS, split_of
 from cdfast.synthetic import (
     SceneDataset,
     build_miniature_model,
@@ -148,7 +148,7 @@ def test_suite_is_reproducible_and_seeds_differ():
     assert texts() != texts(split="validation")
     for question in miniature_suite(per_kind=1, vqa_per_kind=20):
         if question.group == "VQA":
-            assert question.choices == VQA_CHOICES[question.kind]
+            assert question.choices == vqa_choices(TOYS)[question.kind]
 
 
 def test_scores_are_the_plain_forwards(monkeypatch, model, processor):
@@ -351,8 +351,8 @@ def test_command(tmp_path, capsys):
     assert main([*arguments, "--json", str(result), "--device", "cpu"]) == 0
     content = json.loads(result.read_text())
     assert set(content["models"]) == {path, f"{path}, shuffled images"}
-    assert set(content["models"][path]["kinds"]) == {*CR_KINDS, *VQA_CHOICES}
-    assert set(content["text_only"]) >= {*CR_KINDS, *VQA_CHOICES}
+    assert set(content["models"][path]["kinds"]) == {*CR_KINDS, *VQA_KINDS}
+    assert set(content["text_only"]) >= {*CR_KINDS, *VQA_KINDS}
     shown = capsys.readouterr().out
     for word in ("swap_att", "chance", "text-only", "CR average"):
         assert word in shown

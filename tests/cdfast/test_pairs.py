@@ -13,6 +13,7 @@ from cdfast.preference_scenes import PreferenceScenes, wrong_answer
 from cdfast.questions import DEFAULT_CR_WEIGHTS, TURN_KINDS, draw_turns
 from cdfast.scenes import draw_scene
 from cdfast.synthetic import SceneDataset, make_processor
+from cdfast.worlds import PHOTOS
 from tests.cdfast.test_data import PROCESSOR, llava, root, write
 from tests.cdfast.tiny_processors import IMAGE, supervised, text
 
@@ -209,6 +210,8 @@ def test_wrong_answers_take_every_alternative():
     assert {wrong_answer("red", rng) for _ in range(99)} == {"green", "blue", "yellow"}
     with pytest.raises(ValueError, match=r"expected a word of .*got 'purple'"):
         wrong_answer("purple", rng)
+    digit, *others = PHOTOS.shapes
+    assert {wrong_answer(digit, rng, PHOTOS) for _ in range(99)} == {*others}
 
 
 def test_scene_pairs_depend_on_split_seed_and_index_alone():

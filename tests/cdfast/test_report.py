@@ -512,3 +512,12 @@ def test_matplotlib_is_imported_only_for_a_page(module):
         if isinstance(node, (ast.Import, ast.ImportFrom))
     ]
     assert not re.search("matplotlib|plots", " ".join(map(ast.unparse, imports)))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "privileged"),
+    [("miniature", True), ("miniature-photos", True), ("miniature-unprivileged", False)],
+)
+def test_caveat_stands_for_privileged_teachers_only(tmp_path, teacher, privileged):
+    page = write_report(tmp_path, {"miniature": run(teacher=teacher)}).read_text()
+    assert ("privileged supervision" in page) == privileged
