@@ -19,7 +19,7 @@ from cdfast.synthetic import SceneDataset, turns_as_messages
 
 
 def _exclusive(world: World) -> tuple[tuple[str, ...], ...]:
-    """Words that exclude each other as (a word of) an answer. Of the relations only opposites do."""
+    """Words that exclude each other as (a word of) an answer; of relations only opposites do."""
     return (
         *(("A", "B"), ("yes", "no"), vqa_choices(world)["count"], tuple(COLOURS), world.shapes),
         *(ROWS, COLUMNS, ("left", "right"), ("above", "below")),
