@@ -82,7 +82,7 @@ def test_what_changes_a_number_changes_the_key(monkeypatch, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     with monkeypatch.context() as patch:
-        patch.setattr(paper_resolve, "teacher_path", lambda: folder)
+        patch.setattr(paper_resolve, "teacher_path", lambda name: folder)
         assert key_of(recipe) != key
     drawn = SceneDataset.__getitem__
     monkeypatch.setattr(SceneDataset, "__getitem__", lambda self, index: drawn(self, index + 1))

@@ -23,8 +23,7 @@ def calls(monkeypatch, tmp_path):
         return {}
 
     monkeypatch.setattr(cdfast.train, "run_recipe", run_recipe)
-    monkeypatch.setattr(cdfast.train, "write_report", lambda *args: None)
-    monkeypatch.setattr(cdfast.train, "print_summary", lambda *args: None)
+    monkeypatch.setattr(cdfast.train, "report", lambda *args: None)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     monkeypatch.chdir(tmp_path)
     return made
