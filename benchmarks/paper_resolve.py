@@ -31,7 +31,10 @@ from cdfast.synthetic import teacher_path
 QUICK_STEPS = 2
 QUICK: dict[str, Any] = {"evaluate_per_kind": 3, "evaluate_vqa_per_kind": 3}
 # What a run does not depend on, or what is recorded beside the key.
-_NOT_IN_KEY = ("name", "description", "output_dir", "seed", "workers", "compare", "architecture")
+_NOT_IN_KEY = (
+    *("name", "description", "output_dir", "seed", "workers", "compare", "architecture"),
+    "analyze_questions",
+)
 
 
 @dataclass(frozen=True)

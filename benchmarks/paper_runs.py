@@ -131,7 +131,8 @@ def _words(value: Any) -> list[str]:
 
 def train_command(planned: Planned, work: Path) -> list[str]:
     """The command of one run."""
-    flags = ("--resume", "--disable-tqdm", "true", *_CHECKPOINTS)
+    # The attention analysis that a run ends with is in no table.
+    flags = ("--resume", "--disable-tqdm", "true", "--analyze-questions", "0", *_CHECKPOINTS)
     return [sys.executable, "-m", "cdfast.train", *arguments(planned, work), *flags]
 
 
