@@ -62,8 +62,7 @@ UNPRIVILEGED_STAGES = (
     Stage((0, 1, 0, 3, 6, 0), 250, 36, cr_weights={"replace_rel": 1}),
     Stage((0, 2, 0, 1, 4, 2), 300, 37, cr_weights=EVENLY),
     Stage((0, 1, 0, 1, 3, 5), 150, 38, cr_weights=EVENLY),
-    Stage((0, 1, 0, 1, 3, 5), 150, 39, cr_weights=EVENLY),
-    Stage((0, 2, 0, 1, 3, 4), 280, 40, 1.5e-3, 0.015, decay=True, cr_weights=EVENLY),
+    Stage((0, 2, 0, 1, 3, 4), 1100, 39, decay=True, cr_weights=EVENLY),
 )
 PHOTO_STAGES = (
     Stage((0, 3, 5, 0, 0, 0), 150, 41),
