@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from benchmarks.paper_records import Cost, Records, append, commit, make_record
 from benchmarks.paper_resolve import Resolved
-from benchmarks.steps import GRACE, ROOT
+from benchmarks.steps import GRACE, ROOT, child_environment
 from cdfast.config import to_dict
 
 # Seconds per optimizer step where no run has been recorded: the miniature's 520 steps took about
@@ -218,16 +218,6 @@ def _start(
     starts = work / f"{planned.slug}.starts"
     before = len(starts.read_text()) if starts.exists() else 0
     starts.write_text("x" * (before + 1))
-    paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    settings = {
-        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        # One kind of device in one table, whatever the machine has.
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     words, begun_at = command(planned, work), commit()
     with _log(work, planned).open("a") as log:
         log.write(" ".join(words) + "\n")
@@ -235,7 +225,8 @@ def _start(
         process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env={**os.environ, **settings},
+            # One kind of device in one table, whatever the machine has.
+            env=child_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -81,16 +81,20 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def run(step: Step, output: Path) -> dict[str, Any]:
-    """One step in a process group of its own, its output in <name>.log."""
+def child_environment(**more: str) -> dict[str, str]:
+    """Of a child: this checkout's packages, output as it comes, nothing from a hub; and `more`."""
     paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     settings = {
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
+    return {**os.environ, **settings, **more}
+
+
+def run(step: Step, output: Path) -> dict[str, Any]:
+    """One step in a process group of its own, its output in <name>.log."""
     begin = time.monotonic()
     with (output / f"{step.name}.log").open("w") as log:
         log.write(" ".join(step.command) + "\n")
@@ -98,7 +102,7 @@ def run(step: Step, output: Path) -> dict[str, Any]:
         process = subprocess.Popen(
             step.command,
             cwd=ROOT,
-            env={**os.environ, **settings},
+            env=child_environment(PYTHONFAULTHANDLER="1"),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -22,7 +22,7 @@ from transformers import (
 from cdfast.engine import make_whole
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig, CdfastLlavaForConditionalGeneration
 
-_LLAVA = ("llava", "cdfast_llava")
+LLAVA = ("llava", "cdfast_llava")
 _TOWER_NAMES = ("vision_tower", "visual", "vision_model")
 # What lies between vision encoder and decoder, by family: LLaVA and InternVL; the newline token of
 # LLaVA-NeXT and LLaVA-OneVision; Idefics3 and SmolVLM; Qwen, whose encoder contains it.
@@ -232,7 +232,7 @@ def check_assembly(teacher: PreTrainedConfig, student: PreTrainedConfig, taf: bo
     has_encoder = "vision_config" in student.sub_configs
     if has_encoder and not taf:
         return
-    if teacher.model_type not in _LLAVA:
+    if teacher.model_type not in LLAVA:
         raise ValueError(
             f"teacher: expected a LLaVA model (model_type 'llava'), whose vision encoder and "
             f"adapter the student takes over; got {teacher.model_type!r}. For other families give "
@@ -244,7 +244,7 @@ def check_assembly(teacher: PreTrainedConfig, student: PreTrainedConfig, taf: bo
             "teacher: expected a LLaVA model with a plain adapter to fetch (taf=True); got a "
             "student that has a fetched adapter itself. Distil from it with taf=False."
         )
-    if has_encoder and student.model_type not in _LLAVA:
+    if has_encoder and student.model_type not in LLAVA:
         raise ValueError(
             f"student: expected a causal language model or a LLaVA model, whose language model is "
             f"put behind the teacher's vision encoder and adapter (taf=True); got "

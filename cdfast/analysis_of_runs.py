@@ -118,9 +118,10 @@ def analyze_runs(
             analyses[name] = {UNAVAILABLE: reason}
         else:
             analyses[name] = _or_reason(name, partial(_analysis, run, loaded))
-    if UNAVAILABLE in next(iter(analyses.values())):
+    first = next(iter(analyses.values()))
+    if UNAVAILABLE in first:
         return analyses, {}
-    return analyses, _or_reason("explorer", partial(_explorer, runs, loaded))
+    return analyses, _or_reason("explorer", partial(_explorer, runs, loaded, first))
 
 
 def unavailable(main: Recipe, recipe: Recipe) -> str | None:
@@ -245,14 +246,19 @@ def _finished(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
 # -- the explorer ----------------------------------------------------------------------------------
 
 
-def _explorer(runs: Mapping[str, TrainedRun], loaded: _Loaded) -> dict[str, Any]:
-    """Of the first question of every kind: teacher, main student, and the baseline of the runs."""
+def _explorer(
+    runs: Mapping[str, TrainedRun], loaded: _Loaded, content: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Of the first question of every kind: teacher, main student, and the baseline of the runs.
+
+    Args:
+        content: of the main run's analysis.json.
+    """
     main = next(iter(runs.values()))
     baseline = baseline_of(runs)
     shown = {"student" if len(runs) == 1 else f"student ({main.recipe.name})": main}
     if baseline is not None:
         shown[f"baseline ({baseline})"] = runs[baseline]
-    content = json.loads((main.analysis / ANALYSIS_FILE).read_text())
     matched: Matches = {int(s): tuple(w) for s, w in content["settings"][MATCHED].items()}
     # The script of a page reads what its own version has written.
     wanted = {"cdfast": __version__, **_source(main.recipe), "models": [TEACHER, *shown]}

@@ -20,7 +20,7 @@ from cdfast_kernels import VisualLayout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cdfast.adapters import is_adapter
+from cdfast.adapters import LLAVA, is_adapter
 from cdfast.aligner import AlignmentTargets, VisualAttentionAligner
 from cdfast.attention import AlignmentContext
 from cdfast.engine import gathered
@@ -275,7 +275,7 @@ def _run_vision_on_a_blank_image(model: PreTrainedModel) -> Any:
     vision = getattr(model.config, "vision_config", None)
     size = getattr(vision, "image_size", None)
     # Other families want sizes or masks of pictures beside the pixels.
-    known = model.config.model_type in ("llava", "cdfast_llava")
+    known = model.config.model_type in LLAVA
     if not known or not isinstance(size, int):
         raise ValueError(
             f"{model.config.model_type}: expected an image in every batch, because under ZeRO "

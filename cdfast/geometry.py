@@ -16,9 +16,9 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
+from cdfast.adapters import LLAVA
 from cdfast.planes import Box, GeometryError, ImageGrid, Plane
 
-LLAVA = ("llava", "cdfast_llava")
 ANYRES = ("llava_next", "llava_onevision")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 TILED = ("idefics3", "smolvlm")

@@ -133,6 +133,17 @@ def llava_pad(**text):
     return llava(images, CLIPVisionConfig, "default", **text)
 
 
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
 def qwen(seed=0, **text):
     """Patches of 8, merged 2 x 2, as many as the picture takes."""
     processor = qwen_processor()
@@ -143,13 +154,7 @@ def qwen(seed=0, **text):
         Qwen2_5_VLConfig(
             text_config={**sizes, "rope_parameters": rope},
             vision_config={
-                "depth": 2,
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "patch_size": 8,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
+                **QWEN_VISION,
                 "out_hidden_size": sizes["hidden_size"],
                 "window_size": 32,
                 "fullatt_block_indexes": [1],
@@ -188,13 +193,7 @@ def qwen3(seed=0, **text):
                 "rope_parameters": {**rope, "mrope_interleaved": True},
             },
             vision_config={
-                "depth": 2,
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "patch_size": 8,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
+                **QWEN_VISION,
                 "out_hidden_size": sizes["hidden_size"],
                 "num_position_embeddings": 64,
                 "deepstack_visual_indexes": [0, 1],
