@@ -17,26 +17,16 @@ _WHOLE = re.compile(rf"{_BEGIN}[^\n]*")
 
 def names_only(value: Any) -> Any:
     """A copy of plain values in which absolute paths are cut to their last part."""
-    if isinstance(value, dict):
-        return {key: names_only(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [names_only(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if _WHOLE.fullmatch(value):
-        return _name(value)
-    return _INSIDE.sub(lambda found: _name(found.group()), value)
+    return _cut(value, _whole_paths(value))
 
 
 def paths_in(value: Any) -> set[str]:
     """The absolute paths that `names_only` cuts."""
-    if isinstance(value, dict):
-        return set().union(*map(paths_in, value.values()))
-    if isinstance(value, (list, tuple)):
-        return set().union(*map(paths_in, value))
-    if not isinstance(value, str):
-        return set()
-    return {value} if _WHOLE.fullmatch(value) else set(_INSIDE.findall(value))
+    found = set(_whole_paths(value))
+    for text in _texts(value):
+        if text not in found:
+            found.update(_INSIDE.findall(text))
+    return found
 
 
 def without_paths(page: str, paths: set[str]) -> str:
@@ -45,15 +35,44 @@ def without_paths(page: str, paths: set[str]) -> str:
     A page is full of slashes that begin no path, so nothing is guessed here.
     """
     for path in sorted(paths, key=len, reverse=True):
-        for form in _quoted(path):
-            page = page.replace(form, html.escape(_name(path)))
+        for form in {path, html.escape(path), json.dumps(path)[1:-1]}:
+            page = _replaced(page, form, html.escape(_name(path)))
     return page
 
 
-def _quoted(path: str) -> Iterator[str]:
-    yield path
-    yield html.escape(path)
-    yield json.dumps(path)[1:-1]
+def _cut(value: Any, known: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _cut(item, known) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cut(item, known) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value in known:
+        return _name(value)
+    # A path with spaces ends inside a text only where it is known from elsewhere.
+    for path in known:
+        value = _replaced(value, path, _name(path))
+    return _INSIDE.sub(lambda found: _name(found.group()), value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _whole_paths(value: Any) -> list[str]:
+    """Texts that are a path and nothing else, the longest first."""
+    found = {text for text in _texts(value) if _WHOLE.fullmatch(text)}
+    return sorted(found, key=len, reverse=True)
+
+
+def _replaced(text: str, path: str, name: str) -> str:
+    return re.sub(rf"(?<![\w.:/~\\-]){re.escape(path)}(?![\w-])", lambda _: name, text)
 
 
 def _name(path: str) -> str:
