@@ -387,6 +387,7 @@ def test_a_text_file_is_replaced_whole(tmp_path):
 def test_export_writes_a_model_that_loads(trained, tmp_path, dtype):
     checkpoint = trained[0] / "checkpoint-3"
     export_checkpoint(checkpoint, tmp_path / "out", dtype=dtype)
+    assert "Nothing is known about its training" in (tmp_path / "out" / "README.md").read_text()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
     want = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
     expected = getattr(torch, dtype or "float32")

@@ -224,6 +224,32 @@ def test_a_failed_upload_names_the_command_that_repeats_it(run, hub, capsys):
     assert hub.files == {}
 
 
+@pytest.mark.parametrize("down", [False, True])
+def test_a_run_uploads_when_it_is_done(run, hub, tmp_path, monkeypatch, capsys, down):
+    """The command around a run that trains nothing."""
+
+    def run_recipe(recipe, folder, resume=False):
+        assert hub.created, "the hub is asked before step 1"
+        assert not hub.commits
+        shutil.copytree(run, folder, dirs_exist_ok=True)
+        hub.down = down
+        return {}
+
+    monkeypatch.setattr("cdfast.train.run_recipe", run_recipe)
+    monkeypatch.setattr("cdfast.train.report", lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+    options = ["--push-to-hub", "true", "--hub-model-id", "me/student", "--output-dir", "out"]
+    if not down:
+        train(["miniature", *options])
+        assert "model.safetensors" in hub.files
+        return
+    with pytest.raises(SystemExit) as end:
+        train(["miniature", *options])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith("python -m cdfast.push out me/student\n")
+    assert Path("out/model/model.safetensors").is_file()
+
+
 REFUSED = {
     "offline": ({}, {"HF_HUB_OFFLINE": True}, "HF_HUB_OFFLINE: expected it unset"),
     "wrong token": ({}, {"HF_TOKEN": "hf_wrong"}, "the login cannot be checked"),
