@@ -10,12 +10,10 @@ this machine are cut to names in what is uploaded; the files here stay as they a
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,46 +30,15 @@ from huggingface_hub.errors import (
     HTTPError,  # of the HTTP client that this version uses
     LocalTokenNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from cdfast.card_text import HERE
 from cdfast.config import HUB_ARGUMENTS, ConfigError, Recipe
-from cdfast.local_paths import names_only, paths_in, without_paths
-from cdfast.model_card import (
-    CARD_FILE,
-    RESULTS_FILE,
-    is_ours,
-    model_card,
-    set_license,
-)
-from cdfast.report import REPORT_FILE
+from cdfast.model_card import CARD_FILE, is_ours, model_card
+from cdfast.upload_files import HubError, Target, upload_files
 
-_MODEL_FILES = (".safetensors", ".json", ".jinja", ".py", ".txt", ".model", ".md")
 # Names of a model's weights: those of an earlier upload must not stay beside new ones.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-# Files whose values may name a folder they were loaded from. Never a vocabulary: "/usr" may be a
-# token of it.
-_CONFIGURATIONS = re.compile(r"(\w*config|alignment)\.json")
-_ORIGIN_KEYS = ("_name_or_path", "name_or_path")
 _FAILURES = (HfHubHTTPError, HTTPError, OSError, ValueError)
-
-
-class HubError(RuntimeError):
-    """The hub cannot be used as asked; says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where to upload.
-
-    Attributes:
-        repo: user or organization, and name.
-        private: of a repository that is made; None: as the account has it.
-        revision: a branch; None: main.
-    """
-
-    repo: str
-    private: bool | None = None
-    revision: str | None = None
 
 
 def hub_target(recipe: Recipe) -> Target | None:
@@ -143,7 +110,7 @@ def check_upload(target: Target, card: ModelCard, api: HfApi | None = None) -> N
         ) from error
     try:
         _make_repository(api, target)
-        card.validate()
+        _validate(api, card)
     except _FAILURES as error:
         raise HubError(f"hub: {target.repo} cannot be used: {_reason(error)}.") from error
 
@@ -160,101 +127,26 @@ def _make_repository(api: HfApi, target: Target) -> None:
         api.create_branch(target.repo, branch=target.revision, exist_ok=True)
 
 
+def _validate(api: HfApi, card: ModelCard) -> None:
+    # Not card.validate(): before huggingface_hub 2 it knows no other endpoint than its own.
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"content": str(card), "repoType": "model"},
+        headers=build_hf_headers(),
+    )
+    if response.status_code == 400:
+        said = "; ".join(str(e.get("message")) for e in response.json().get("errors", []))
+        raise HubError(
+            f"hub: license {card.data.get('license')!r}: expected a model card that the hub takes; "
+            f"it says: {said}. Give another --license, or none."
+        )
+    hf_raise_for_status(response)
+
+
 def _reason(error: Exception) -> str:
     """In one line; what the server says of its request goes before its address."""
     said = getattr(error, "server_message", None) or str(error)
     return " ".join(f"{type(error).__name__}: {said}".split()).rstrip(".")
-
-
-# -- what is uploaded ------------------------------------------------------------------------------
-
-
-def upload_files(
-    source: Path, target: Target, *, license: str | None = None, report: bool = True
-) -> dict[str, Path | bytes]:
-    """Name in the repository -> file here, or content where it differs from the file.
-
-    Args:
-        source: folder of a finished run, or of a model.
-        target: its name goes into the card.
-        license: for the card; None: what it states already.
-        report: upload report.html too, where there is one.
-
-    Raises:
-        HubError: there is no finished run and no model in the folder.
-    """
-    is_run = (source / RESULTS_FILE).is_file() and (source / "model" / "config.json").is_file()
-    model = source / "model" if is_run else source
-    if not (model / "config.json").is_file():
-        raise HubError(
-            f"{source}: expected a finished run (model/ and {RESULTS_FILE}), or a folder with "
-            "config.json; found neither. A run that was stopped goes on with --resume; a "
-            "checkpoint is written as a model by python -m cdfast.export."
-        )
-    if not any(model.glob("*.safetensors")):
-        raise HubError(f"{model}: expected weights (*.safetensors); found none.")
-    files: dict[str, Path | bytes] = {}
-    for path in sorted(model.iterdir()):
-        if path.is_file() and path.suffix in _MODEL_FILES and not path.name.startswith("_"):
-            is_text = _CONFIGURATIONS.fullmatch(path.name)
-            files[path.name] = _configuration(path) if is_text else path
-    files[CARD_FILE] = _card(model, source, target, license)
-    results = source / RESULTS_FILE
-    if model != source:
-        content = json.loads(results.read_text())
-        files[RESULTS_FILE] = (json.dumps(names_only(content), indent=1) + "\n").encode()
-        page = source / REPORT_FILE
-        if report and page.is_file():
-            files[REPORT_FILE] = _report(page, content)
-    return files
-
-
-def _configuration(path: Path) -> bytes:
-    """A configuration without the folder it was loaded from."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: cleaned(v) for k, v in value.items() if k not in _ORIGIN_KEYS}
-        return [cleaned(v) for v in value] if isinstance(value, list) else names_only(value)
-
-    content = cleaned(json.loads(path.read_text()))
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _card(model: Path, source: Path, target: Target, license: str | None) -> bytes:
-    """README.md, made where there is none; a card of somebody else is taken as it is."""
-    path = model / CARD_FILE
-    if path.exists():
-        text = path.read_text(encoding="utf-8")
-    else:
-        results = json.loads((source / RESULTS_FILE).read_text()) if model != source else {}
-        kind = json.loads((model / "config.json").read_text()).get("model_type", "")
-        text = str(model_card(results, model_type=kind))
-    if not is_ours(text):
-        if license:
-            raise HubError(
-                f"{path}: it was not written by cdfast, so --license is not put into it. State the "
-                "license there, and leave --license out."
-            )
-        return text.encode()
-    card = ModelCard(text)
-    if license:
-        set_license(card, license)
-    return str(card).replace(HERE, target.repo).encode()
-
-
-def _report(page: Path, results: Mapping[str, Any]) -> bytes:
-    """report.html without paths: those of every file of the run that it is made of."""
-    paths = paths_in(results) | {str(page.parent.resolve()), str(Path.home())} - {"/"}
-    for name in ("analysis/analysis.json", "analysis/explorer.json", "compare.json"):
-        if (page.parent / name).is_file():
-            paths |= paths_in(json.loads((page.parent / name).read_text()))
-    for path in page.parent.glob("compare/*/analysis/analysis.json"):
-        paths |= paths_in(json.loads(path.read_text()))
-    return without_paths(page.read_text(encoding="utf-8"), paths).encode()
-
-
-# -- the upload ------------------------------------------------------------------------------------
 
 
 def push(source: Path, target: Target, *, api: HfApi | None = None, **options: Any) -> str:

@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard, constants
 
 from cdfast.config import ConfigError, load_recipe, override
 from cdfast.model_card import MARKER, write_model_card
-from cdfast.push import Target, hub_target, main, prepare_upload, push_run, upload_files
+from cdfast.push import hub_target, main, prepare_upload, push_run
 from cdfast.train import main as train
+from cdfast.upload_files import Target, upload_files
 from tests.cdfast.test_model_card import RESULTS
 
 TOKEN = "hf_of_the_test"
