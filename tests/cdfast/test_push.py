@@ -10,12 +10,13 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, close_session, constants
 
 from cdfast.config import ConfigError, load_recipe, override
 from cdfast.model_card import MARKER, write_model_card
 from cdfast.push import hub_target, main, prepare_upload, push_run
 from cdfast.train import main as train
+from cdfast.train import run_command
 from cdfast.upload_files import Target, upload_files
 from tests.cdfast.test_model_card import RESULTS
 
@@ -123,6 +124,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # one of before would keep its proxy
     yield server.state
     server.shutdown()
     server.server_close()
@@ -249,6 +251,16 @@ def test_a_run_uploads_when_it_is_done(run, hub, tmp_path, monkeypatch, capsys, 
     assert end.value.code == 2
     assert capsys.readouterr().err.endswith("python -m cdfast.push out me/student\n")
     assert Path("out/model/model.safetensors").is_file()
+
+
+def test_other_ranks_leave_the_hub_alone(hub, monkeypatch):
+    monkeypatch.setattr("cdfast.train.broadcast_object_list", lambda objects: [Path("out")])
+    monkeypatch.setattr("cdfast.train.run_recipe", lambda *args: {})
+    recipe = override(load_recipe("miniature"), OPTIONS)
+    flags = SimpleNamespace(compare=None, resume=False)
+    run_command(recipe, flags, SimpleNamespace(is_main_process=False))
+    assert not hub.created
+    assert not hub.commits
 
 
 REFUSED = {
