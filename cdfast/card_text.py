@@ -44,20 +44,22 @@ _STAGE_SHOWN_APART = (
     *("gradient_accumulation_steps", *WEIGHTS),
 )
 
+_OWN_CODE = "modeling_cdfast_llava.py"
+
 Results = Mapping[str, Any]
 
 
-def card_text(results: Results, *, own_code: bool, fused: bool) -> str:
+def card_text(results: Results, *, code: Sequence[str], fused: bool) -> str:
     """The sections below the title.
 
     Args:
         results: of results.json, models and data named without paths, `recipe` perhaps empty.
-        own_code: the model brings code that loading it runs.
+        code: files that loading the model runs.
         fused: its projector was made by `cdfast.fuse`.
     """
     recipe = results["recipe"]
     sections = {
-        "Loading it": _loading(own_code),
+        "Loading it": _loading(code),
         "How it was made": _making(results, fused),
         "Accuracy": _accuracy(results),
         "Attention similarity": _similarity(results),
@@ -69,23 +71,27 @@ def card_text(results: Results, *, own_code: bool, fused: bool) -> str:
     return "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items() if body)
 
 
-def _loading(own_code: bool) -> str:
-    option = ", trust_remote_code=True" if own_code else ""
+def _loading(files: Sequence[str]) -> str:
+    option = ", trust_remote_code=True" if files else ""
     code = (
         "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         f'source = "{HERE}"\n'
         f"processor = AutoProcessor.from_pretrained(source{option})\n"
         f"model = AutoModelForImageTextToText.from_pretrained(source{option})\n```\n\n"
     )
-    if not own_code:
+    if not files:
         return f"{code}No code of this repository is run: the classes are those of transformers."
-    return (
-        f"{code}`trust_remote_code=True` means that `modeling_cdfast_llava.py` of this repository "
-        "is run on your machine with your rights. Read it first (it is short: a LLaVA model whose "
-        "projector is the teacher's followed by its own), and name the `revision` that you have "
-        "read. With the package cdfast installed, `import cdfast` brings the same classes, and the "
-        "option can be left out."
+    text = (
+        f"{code}`trust_remote_code=True` means that {_listed(files)} of this repository is run on "
+        "your machine with your rights. Read it first, and name the `revision` that you have read."
     )
+    if _OWN_CODE in files:
+        text += (
+            " It is short: a LLaVA model whose projector is the teacher's followed by its own. "
+            "With the package cdfast installed, `import cdfast` brings the same classes, and the "
+            "option can be left out."
+        )
+    return text
 
 
 def _making(results: Results, fused: bool) -> str:

@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from cdfast.card_text import Results, card_text, license_text, markdown
 from cdfast.local_paths import names_only
-from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.report import STUDENT
 from cdfast.storage import write_text
 
@@ -42,7 +41,7 @@ def write_model_card(
         The file: README.md, or MODEL_CARD.md where there is a README.md that cdfast did not write.
     """
     config = json.loads((folder / "config.json").read_text())
-    card = model_card(results or {}, model_type=config.get("model_type", ""), fused=fused)
+    card = model_card(results or {}, config, fused=fused)
     if license:
         set_license(card, license)
     path = folder / CARD_FILE
@@ -64,12 +63,12 @@ def is_ours(text: str) -> bool:
     return MARKER in text
 
 
-def model_card(results: Results, *, model_type: str, fused: bool = False) -> ModelCard:
+def model_card(results: Results, config: Mapping[str, Any], *, fused: bool = False) -> ModelCard:
     """The card as huggingface_hub reads and writes it.
 
     Args:
         results: see `write_model_card`; paths of this machine are cut to names.
-        model_type: of the model's config.json, which decides whether loading runs code.
+        config: of the model's config.json, whose `auto_map` says what code loading runs.
         fused: see `write_model_card`.
     """
     recipe = results.get("recipe", {})
@@ -89,7 +88,9 @@ def model_card(results: Results, *, model_type: str, fused: bool = False) -> Mod
         model_name=name if found else None,
         eval_results=found or None,
     )
-    text = card_text(results, own_code=model_type == CdfastLlavaConfig.model_type, fused=fused)
+    # A name with two dashes is that of another repository on the hub.
+    modules = {str(place).split("--")[-1].rpartition(".")[0] for place in _code(config)}
+    text = card_text(results, code=[f"{module}.py" for module in sorted(modules)], fused=fused)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{MARKER}\n\n# {markdown(name)}\n\n{text}\n")
 
 
@@ -103,6 +104,10 @@ def set_license(card: ModelCard, license: str) -> None:
 def on_hub(source: str) -> bool:
     """Whether a model was named by its hub name: no folder here, and no embedded part."""
     return bool(_HUB_NAME.fullmatch(source)) and not Path(source).exists()
+
+
+def _code(config: Mapping[str, Any]) -> list[Any]:
+    return list((config.get("auto_map") or {}).values())
 
 
 def _named(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def prepare_upload(recipe: Recipe) -> None:
     target = hub_target(recipe)
     if target is not None:
         values = {"name": recipe.name, "recipe": {"license": recipe.license}}
-        check_upload(target, model_card(values, model_type=""))
+        check_upload(target, model_card(values, {}))
 
 
 def push_run(recipe: Recipe, folder: Path) -> None:
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{size:>14,}  {name}")
             return
         values = {"name": target.repo, "recipe": {"license": options.license}}
-        check_upload(target, model_card(values, model_type=""))
+        check_upload(target, model_card(values, {}))
         print(push(options.folder, target, **chosen))
     except (ConfigError, HubError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,10 +17,9 @@ from cdfast.model_card import CARD_FILE, RESULTS_FILE, is_ours, model_card, set_
 from cdfast.report import REPORT_FILE
 
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".py", ".txt", ".model", ".md")
-# Files whose values may name a folder they were loaded from. Never a vocabulary: "/usr" may be a
-# token of it.
-_CONFIGURATIONS = re.compile(r"(\w*config|alignment)\.json")
-_ORIGIN_KEYS = ("_name_or_path", "name_or_path")
+_CONFIGURATIONS = re.compile(r"\w*config\.json")
+# No other field is touched: what looks like a path may be a token, such as "[/INST]".
+_IS_PATH = re.compile(r"\w*(name_or_path|_path|_file|_dir|_folder)").fullmatch
 
 
 class HubError(RuntimeError):
@@ -69,8 +68,7 @@ def upload_files(
     files: dict[str, Path | bytes] = {}
     for path in sorted(model.iterdir()):
         if path.is_file() and path.suffix in _MODEL_FILES and not path.name.startswith("_"):
-            is_text = _CONFIGURATIONS.fullmatch(path.name)
-            files[path.name] = _configuration(path) if is_text else path
+            files[path.name] = _without_origin(path)
     files[CARD_FILE] = _card(model, source, target, license)
     results = source / RESULTS_FILE
     if model != source:
@@ -82,16 +80,20 @@ def upload_files(
     return files
 
 
-def _configuration(path: Path) -> bytes:
-    """A configuration without the folder it was loaded from."""
+def _without_origin(path: Path) -> Path | bytes:
+    """A configuration whose fields for paths have names instead; every other file as it is."""
+    if not _CONFIGURATIONS.fullmatch(path.name):
+        return path
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: cleaned(v) for k, v in value.items() if k not in _ORIGIN_KEYS}
-        return [cleaned(v) for v in value] if isinstance(value, list) else names_only(value)
+            return {k: names_only(v) if _IS_PATH(k) else cleaned(v) for k, v in value.items()}
+        return [cleaned(v) for v in value] if isinstance(value, list) else value
 
-    content = cleaned(json.loads(path.read_text()))
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if (changed := cleaned(content)) == content:
+        return path
+    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _card(model: Path, source: Path, target: Target, license: str | None) -> bytes:
@@ -101,8 +103,7 @@ def _card(model: Path, source: Path, target: Target, license: str | None) -> byt
         text = path.read_text(encoding="utf-8")
     else:
         results = json.loads((source / RESULTS_FILE).read_text()) if model != source else {}
-        kind = json.loads((model / "config.json").read_text()).get("model_type", "")
-        text = str(model_card(results, model_type=kind))
+        text = str(model_card(results, json.loads((model / "config.json").read_text())))
     if not is_ours(text):
         if license:
             raise HubError(

@@ -70,8 +70,11 @@ RESULTS = {
 }
 
 
-def card_of(results, **options):
-    return model_card(results, **{"model_type": "cdfast_llava", **options})
+OWN_CODE = {"auto_map": {"AutoConfig": "modeling_cdfast_llava.CdfastLlavaConfig"}}
+
+
+def card_of(results, config=OWN_CODE, **options):
+    return model_card(results, config, **options)
 
 
 def row(card, first):
@@ -161,9 +164,13 @@ def test_license_is_stated_only_where_one_is_given():
 
 
 def test_loading_is_said_plainly():
-    own, plain = card_of(RESULTS).text, card_of(RESULTS, model_type="llava", fused=True).text
+    own, plain = card_of(RESULTS).text, card_of(RESULTS, {"model_type": "llava"}, fused=True).text
     assert "is run on your machine with your rights" in own
     assert "source, trust_remote_code=True)" in own
+    assert "import cdfast" in own
+    theirs = card_of(RESULTS, {"auto_map": {"AutoConfig": "modeling_other.Other"}}).text
+    assert r"modeling\_other.py of this repository is run" in theirs
+    assert "import cdfast" not in theirs
     assert "trust_remote_code" not in plain
     assert "fused into one projector" in plain
     assert "of the model before that" in plain

@@ -143,6 +143,9 @@ def run(tmp_path):
         json.dumps({"model_type": "llava", "_name_or_path": f"{tmp_path}/teacher", "note": "a/b"})
     )
     (model / "model.safetensors").write_bytes(b"weights")
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"vocab_file": f"{tmp_path}/v.txt", "chat_template": "[/INST] /think"})
+    )
     # A token that looks like a path must stay one.
     (model / "tokenizer.json").write_text(json.dumps({"vocab": {"/usr": 1}}))
     command = f"python -m cdfast.train --data {tmp_path}/data.json --output-dir '{folder}'"
@@ -167,7 +170,7 @@ def test_the_finished_student_is_uploaded(run, hub, tmp_path, capsys):
     hub.private = True
     main([str(run), "me/student", "--private", "--license", "apache-2.0"])
     assert "me/student" in capsys.readouterr().out
-    names = {"config.json", "model.safetensors", "tokenizer.json"}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(hub.files) == names | {"README.md", "results.json", "report.html"}
     assert all(name in listed for name in hub.files)
     assert hub.created[0]["visibility"] == "private"
@@ -179,7 +182,10 @@ def test_the_finished_student_is_uploaded(run, hub, tmp_path, capsys):
         assert str(tmp_path).encode() not in data, name
         assert b"secret place" not in data, name
         assert TOKEN.encode() not in data, name
-    assert json.loads(hub.files["config.json"]) == {"model_type": "llava", "note": "a/b"}
+    config = {"model_type": "llava", "_name_or_path": "teacher", "note": "a/b"}
+    assert json.loads(hub.files["config.json"]) == config
+    tokenizer = {"vocab_file": "v.txt", "chat_template": "[/INST] /think"}
+    assert json.loads(hub.files["tokenizer_config.json"]) == tokenizer
     assert json.loads(hub.files["tokenizer.json"]) == {"vocab": {"/usr": 1}}
     assert b"tokens/s</p>" in hub.files["report.html"]
     assert json.loads(hub.files["results.json"])["recipe"]["data"] == ["data.json"]
@@ -212,7 +218,7 @@ def test_a_model_without_a_run_is_uploaded_with_a_card_that_says_so(run):
     shutil.copytree(run / "model", run.parent / "exported")
     (run.parent / "exported" / "README.md").unlink()
     files = content(upload_files(run.parent / "exported", Target("me/student")))
-    assert set(files) == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert set(files) == {p.name for p in (run / "model").iterdir()} - {"optimizer.pt"}
     assert b"Nothing is known about its training" in files["README.md"]
     assert not (run.parent / "exported" / "README.md").exists()
 
