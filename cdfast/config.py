@@ -53,6 +53,15 @@ _STAGE_WEIGHTS = {
     "preference": {**_LM_ONLY, "lm_weight": 0.0, "preference_weight": 1.0},
 }
 PROJECTOR_ONLY = ("pretrain", "dpt")
+# TrainingArguments about the upload, which the command does when all stages are done (push.py).
+HUB_ARGUMENTS = (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "hub_always_push",
+)
 # TrainingArguments that stages set by options of their own, whose values are checked.
 _OWN_NAMES = {
     "output_dir": "output_dir",
@@ -308,6 +317,9 @@ class Recipe:
     )
     seed: int = _option(0, "Seed of weights, data and order.", at_least=0, below=2**32)
     output_dir: str | None = _option(None, "Where the run goes; default: a new folder in runs/.")
+    license: str | None = _option(
+        None, "License that the model card states, as the hub names it (apache-2.0); default: none."
+    )
     arguments: dict[str, Any] = _option({}, "transformers.TrainingArguments for every stage.")
     stages: list[StageRecipe] = _option([], "The stages, in order.")
     compare: dict[str, dict[str, Any]] = _option(
@@ -523,6 +535,12 @@ def _training_argument(name: str, value: Any) -> Any:
             f"arguments.{name}: expected the option {_OWN_NAMES[name]!r}, which sets it and whose "
             f"value is checked; got {_shown(value)} here. Give "
             f"--{_OWN_NAMES[name].replace('_', '-')}, or write it beside `arguments`."
+        )
+    if name == "hub_token":
+        raise ConfigError(
+            "arguments.hub_token: expected none, because options are written to recipe.yaml and "
+            "results.json. Log in with `hf auth login`, or set HF_TOKEN; and take the token out of "
+            "the history of your shell."
         )
     hint, where = _TRAINER_TYPES[name], f"arguments.{name}"
     kinds = [k for k in typing.get_args(hint) or (hint,) if k is not type(None)]

@@ -20,7 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from cdfast.checkpoint import verify
 from cdfast.engine import unsharded_loading
 from cdfast.hidden_projector import split_state
+from cdfast.model_card import write_model_card
 from cdfast.storage import CheckpointError, staged_folder
+from cdfast.yaml_file import read_yaml
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ADAPTER = "adapter_config.json"
@@ -63,14 +65,28 @@ def export_checkpoint(
         model = merge_adapters(processor, checkpoint, **options)
     else:
         model = _load(checkpoint, **options)
-    if _has_processor(checkpoint):
+    if has_processor(checkpoint):
         processor = checkpoint
     with staged_folder(output) as folder:
         model.save_pretrained(folder)
-        if _has_processor(processor):
+        if has_processor(processor):
             AutoProcessor.from_pretrained(
                 processor, trust_remote_code=trust_remote_code
             ).save_pretrained(folder)
+        write_model_card(folder, _recipe_of(checkpoint))
+
+
+def _recipe_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What is known of the run that wrote <run>/stages/<stage>/<checkpoint>; None: nothing."""
+    path = checkpoint.resolve().parents[2] / "recipe.yaml"
+    if not path.is_file():
+        return None
+    try:
+        recipe = read_yaml(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    place = "/".join(checkpoint.resolve().parts[-2:])
+    return {"name": recipe["name"], "checkpoint": place, "recipe": recipe}
 
 
 def write_student(
@@ -117,7 +133,8 @@ def _named_base(checkpoint: Path) -> Path:
     return Path(name)
 
 
-def _has_processor(folder: Path) -> bool:
+def has_processor(folder: Path) -> bool:
+    """Whether a processor or tokenizer was saved in a folder."""
     return any((folder / name).exists() for name in _PROCESSOR_FILES)
 
 

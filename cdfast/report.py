@@ -31,7 +31,7 @@ _NOT_COMPARED = ("name", "description", "output_dir", "compare", "stages")
 _ALIGNMENT_UNITS = {"mse": "mean squared difference", "kl": "nats per row"}
 # Embedded teachers that were shown ground-truth boxes; a test compares them with their cards.
 PRIVILEGED_TEACHERS = ("miniature", "miniature-photos")
-_CAVEAT = """The teacher of the embedded miniature was trained with privileged supervision of its
+CAVEAT = """The teacher of the embedded miniature was trained with privileged supervision of its
 attention maps (ground-truth boxes of the objects), and students run few steps on toy scenes. The
 numbers therefore show how fast a student learns under this setting; they are no general ranking of
 methods. Beside them stand the controls: the student asked about shuffled images, a model trained
@@ -172,7 +172,7 @@ def _headline(results: Results) -> str:
     parts += [f"<p>{text(line)}</p>" for line in (recipe.get("description"), what) if line]
     parts.append(f'<p class="outcome">{text(_outcome(run))}</p>')
     if any(r.get("recipe", {}).get("teacher") in PRIVILEGED_TEACHERS for r in results.values()):
-        parts.append(f'<aside class="caveat" aria-label="Caveat"><p>{_CAVEAT}</p></aside>')
+        parts.append(f'<aside class="caveat" aria-label="Caveat"><p>{CAVEAT}</p></aside>')
     return "".join(parts)
 
 

@@ -26,6 +26,7 @@ from cdfast.adapters import is_adapter, set_trainable, share_vision_tower
 from cdfast.config import (
     EMBEDDED_SCENES,
     EMBEDDED_TEACHERS,
+    HUB_ARGUMENTS,
     PROJECTOR_ONLY,
     ConfigError,
     Recipe,
@@ -286,6 +287,8 @@ def stage_arguments(run: Run, number: int) -> Any:
     recipe, stage = run.recipe, run.recipe.stages[number - 1]
     cuda = torch.cuda.is_available()
     given = {**recipe.arguments, **stage.arguments}
+    # Trainer would upload its checkpoints: the command uploads the student, when it is finished.
+    given = {name: value for name, value in given.items() if name not in HUB_ARGUMENTS}
     if given.get("eval_steps"):  # which Trainer would ignore
         given.setdefault("eval_strategy", "steps")
     # transformers 5.23 renames gradient_ to activation_checkpointing; 5.17 has the old name.

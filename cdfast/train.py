@@ -6,7 +6,7 @@ with `DistillationTrainer`, and writes the next: the same path whether the run i
     <output_dir>/recipe.yaml              the resolved recipe
     <output_dir>/student-init/            the student before training
     <output_dir>/stages/1-dpt/            checkpoints, logs and the student after the stage
-    <output_dir>/model/                   the trained student, for from_pretrained
+    <output_dir>/model/                   the trained student, for from_pretrained, and its card
     <output_dir>/results.json, report.html
     <output_dir>/analysis/                attention of teacher and student; data of the explorer
 """
@@ -32,6 +32,7 @@ from accelerate.utils import broadcast_object_list
 
 from cdfast.command_line import parse_command_line
 from cdfast.config import (
+    HUB_ARGUMENTS,
     ConfigError,
     Recipe,
     load_recipe,
@@ -40,8 +41,10 @@ from cdfast.config import (
     to_dict,
 )
 from cdfast.data import DataError
+from cdfast.model_card import RESULTS_FILE, write_model_card
 from cdfast.models import load_processor, make_initial_student
 from cdfast.nonfinite import NonFiniteError
+from cdfast.push import HubError, hub_target, prepare_upload, push_run
 from cdfast.records import printable
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
@@ -59,11 +62,11 @@ from cdfast.storage import CheckpointError, prepare_run_folder, staged_folder, t
 from cdfast.watch import watch_ranks
 
 RECIPE_FILE = "recipe.yaml"
-RESULTS_FILE = "results.json"
 # What may change when a run is resumed: nothing that the trained weights depend on.
 _FREE_ON_RESUME = (
     "output_dir",
     "description",
+    "license",
     "workers",
     "compare",
     "evaluate",
@@ -166,6 +169,7 @@ def _same_questions(measured: dict[str, Any], recipe: Recipe) -> bool:
 def _options(recipe: Recipe) -> dict[str, Any]:
     """Every option that the weights depend on, by name; those of stages as stages[n].name."""
     values = {k: v for k, v in to_dict(recipe).items() if k not in _FREE_ON_RESUME}
+    values["arguments"] = {k: v for k, v in recipe.arguments.items() if k not in HUB_ARGUMENTS}
     for number, stage in enumerate(values.pop("stages"), 1):
         values |= {f"stages[{number}].{name}": value for name, value in stage.items()}
     return values
@@ -210,6 +214,8 @@ def report(places: Mapping[str, tuple[Recipe, Path]], results: Mapping[str, Any]
     write_report(folder, results)
     print_summary(results, folder)
     runs = {name: TrainedRun(*places[name], results[name]) for name in results}
+    for name, (recipe, place) in places.items():
+        write_model_card(place / "model", results[name], license=recipe.license)
     write_report(folder, results, *analyze_runs(runs))
 
 
@@ -276,18 +282,22 @@ def run_command(recipe: Recipe, flags: argparse.Namespace, state: PartialState) 
     chosen: list[Any] = [None]
     if state.is_main_process:
         try:
+            prepare_upload(recipe)
             chosen = [output_folder(recipe, resume=flags.resume, overwrite=flags.overwrite)]
-        except ConfigError as error:
+        except (ConfigError, HubError) as error:
             chosen = [error]
     chosen = broadcast_object_list(chosen)
-    if isinstance(chosen[0], ConfigError):
+    if isinstance(chosen[0], Exception):
         raise chosen[0]
     folder = chosen[0]
     if flags.compare is not None:
-        return run_compare(recipe, flags.compare, folder, flags.resume)
-    results = run_recipe(recipe, folder, flags.resume)
+        run_compare(recipe, flags.compare, folder, flags.resume)
+    else:
+        results = run_recipe(recipe, folder, flags.resume)
+        if state.is_main_process:
+            report({recipe.name: (recipe, folder)}, {recipe.name: results})
     if state.is_main_process:
-        report({recipe.name: (recipe, folder)}, {recipe.name: results})
+        push_run(recipe, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -296,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe, flags = parse_command_line(sys.argv[1:] if argv is None else argv)
         if recipe is None:
             return list_recipes()
+        hub_target(recipe)  # refuses what contradicts itself, in a dry run too
         if flags.dry_run:
             from cdfast.dry_run import dry_run
 
@@ -308,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         state = PartialState(cpu=not torch.cuda.is_available())
         with watch_ranks(recipe.rank_timeout):
             run_command(recipe, flags, state)
-    except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
+    except (ConfigError, DataError, CheckpointError, NonFiniteError, HubError) as error:
         print(f"error: {_without_traceback(error)}", file=sys.stderr)
         sys.exit(2)
 

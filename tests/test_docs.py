@@ -203,6 +203,48 @@ def test_options_of_the_analysis_in_its_page_are_its_own():
     assert named <= {*of_runs, "--compare", "--resume"}
 
 
+@pytest.fixture
+def finished_run(tmp_path, monkeypatch):
+    """What the page of serving calls runs/mine: a student with a linear P_s and its results."""
+    from cdfast.adapters import assemble_student
+    from tests.cdfast.photo_setup import make_processor
+    from tests.cdfast.tiny_models import tiny_language_model, tiny_teacher
+
+    monkeypatch.chdir(tmp_path)
+    student = assemble_student(
+        tiny_teacher(), tiny_language_model(hidden=48), taf=True, student_projector="linear"
+    )
+    student.save_pretrained("runs/mine/model")
+    make_processor().save_pretrained("runs/mine/model")
+    Path("runs/mine/results.json").write_text('{"name": "mine"}')
+
+
+@pytest.mark.parametrize("command", commands_with("cdfast.push"))
+def test_push_commands_are_valid(command, finished_run, capsys):
+    from cdfast.push import main
+
+    words = shlex.split(command)
+    main([*words[words.index("cdfast.push") + 1 :], "--dry-run"])
+    assert "model.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands_with("cdfast.fuse"))
+def test_fuse_commands_run(command, finished_run):
+    from cdfast.fuse import main
+
+    words = shlex.split(command)
+    main(words[words.index("cdfast.fuse") + 1 :])
+    assert Path(words[-1], "README.md").is_file()
+
+
+def test_serving_example_runs(finished_run):
+    namespace = {}
+    [example] = blocks("python", "docs/serving.md")
+    exec(example, namespace)
+    assert namespace["model"].config.model_type == "cdfast_llava"
+    assert type(namespace["processor"]).__name__ == "LlavaProcessor"
+
+
 @pytest.mark.parametrize("command", commands_with("benchmarks"))
 def test_benchmark_commands_are_valid(command):
     """Modules that exist, options that they know."""
@@ -231,6 +273,8 @@ def test_there_are_commands_to_check():
     assert len(commands_with("benchmarks")) >= 12
     assert len(train_commands()) >= 8
     assert len(commands_with("cdfast.memory")) >= 2
+    assert len(commands_with("cdfast.push")) >= 2
+    assert len(commands_with("cdfast.fuse")) >= 1
     assert len(blocks("python", "docs/examples.md")) == len([*ROOT.glob("examples/*.py")]) == 6
 
 

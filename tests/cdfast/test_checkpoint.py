@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from cdfast.checkpoint import newest_checkpoint, rotate, safe_pickles, verify
+from cdfast.config import load_recipe, to_dict
 from cdfast.export import export_checkpoint
 from cdfast.export import main as export_main
 from cdfast.manifest import describe, manifest_text
@@ -387,6 +389,7 @@ def test_a_text_file_is_replaced_whole(tmp_path):
 def test_export_writes_a_model_that_loads(trained, tmp_path, dtype):
     checkpoint = trained[0] / "checkpoint-3"
     export_checkpoint(checkpoint, tmp_path / "out", dtype=dtype)
+    assert "Nothing is known about its training" in (tmp_path / "out" / "README.md").read_text()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
     want = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
     expected = getattr(torch, dtype or "float32")
@@ -396,6 +399,18 @@ def test_export_writes_a_model_that_loads(trained, tmp_path, dtype):
     assert load_file(checkpoint / "model.safetensors").keys() == (
         load_file(tmp_path / "out" / "model.safetensors").keys()
     )
+
+
+def test_export_says_of_which_run_and_step_it_is(trained, tmp_path):
+    place = tmp_path / "run" / "stages" / "2-dft" / "checkpoint-3"
+    shutil.copytree(trained[0] / "checkpoint-3", place)
+    recipe = yaml.safe_dump(to_dict(load_recipe("miniature")))
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe)
+    export_checkpoint(place, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The weights are those of 2-dft/checkpoint-3" in card
+    assert "from the teacher miniature" in card
+    assert "Not measured: the run evaluated no suite" in card
 
 
 def test_export_refuses_to_overwrite_and_to_read_what_is_damaged(run, tmp_path, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionModel
 from transformers import Qwen2ForCausalLM as Qwen2
@@ -208,6 +209,15 @@ def test_the_final_model_loads_and_generates(all_stages):
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 4
 
 
+def test_the_final_model_has_a_card_of_its_results(all_stages):
+    folder, _ = all_stages
+    card = ModelCard.load(folder / "model" / "README.md")
+    assert "trust_remote_code=True" in card.text
+    results = json.loads((folder / "results.json").read_text())
+    assert card.text.count("\n| d") == len([s for s in results["stages"] if s["stage"] != "sft"])
+    assert str(folder) not in str(card)
+
+
 @pytest.mark.slow
 def test_the_final_model_loads_where_cdfast_is_not_installed(all_stages, tmp_path):
     folder, _ = all_stages
@@ -224,7 +234,7 @@ def test_the_final_model_loads_where_cdfast_is_not_installed(all_stages, tmp_pat
         os.environ["HF_MODULES_CACHE"] = folder + "/modules"
         os.environ["HF_HUB_OFFLINE"] = "1"
         import torch
-        from transformers import AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText, AutoProcessor
         try:
             import cdfast
         except ImportError:
@@ -238,12 +248,15 @@ def test_the_final_model_loads_where_cdfast_is_not_installed(all_stages, tmp_pat
             logits = model(**inputs).logits
         answer = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
         assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        assert processor.batch_decode(answer)[0]
         torch.save({"logits": logits, "module": type(model).__module__}, folder + "/out.pt")
         """
     )
     arguments = (folder / "model", tmp_path, torch.get_num_threads())
     done = run_command("-I", "-c", script, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "Do you wish to run the custom code?" not in done.stdout
     got = torch.load(tmp_path / "out.pt")
     assert got["module"].startswith("transformers_modules.")
     assert (got["logits"] - want).abs().max() == 0
