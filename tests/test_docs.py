@@ -78,14 +78,17 @@ def test_aligner_example_runs():
 def test_loading_example_runs(tmp_path):
     from cdfast.adapters import assemble_student
     from tests.cdfast.tiny_models import tiny_language_model, tiny_teacher
+    from tests.cdfast.tiny_processors import llava_processor
 
     student = assemble_student(tiny_teacher(), tiny_language_model(), taf=True)
     student.save_pretrained(tmp_path)
+    llava_processor().save_pretrained(tmp_path)
     example = blocks("python")[2]
     assert "runs/miniature/model" in example
     namespace = {}
     exec(example.replace("runs/miniature/model", str(tmp_path)), namespace)
     assert type(namespace["model"]).__name__ == "CdfastLlavaForConditionalGeneration"
+    assert namespace["processor"].image_token
 
 
 @pytest.fixture
