@@ -27,6 +27,7 @@ from cdfast.encoding import (
     encode,
 )
 from cdfast.images import MAX_PIXELS, DataError, ImageFile, check_image, load_image
+from cdfast.lengths import measure
 from cdfast.pairs import check_pair, check_pair_answers, encode_pair
 from cdfast.records import RecordFile
 
@@ -271,6 +272,28 @@ class VisionTextDataset(Dataset):
         """
         f, r = self._index[range(len(self))[index]]
         return self.files[f].sample(int(r), self._layouts[f], pairs=self.pairs)
+
+    def lengths(self) -> np.ndarray:
+        """int64 (len,) tokens of each sample, without decoding images; see `lengths.measure`.
+
+        Raises:
+            ValueError: samples are pairs, or split into turns.
+            DataError: with on_error="raise", a record that cannot be measured.
+        """
+        turns = self._encoding["turns"]
+        if self.pairs or turns != "dialogue":
+            kind = "pairs of answers" if self.pairs else f"turns={turns!r}"
+            raise ValueError(
+                f"packing: expected samples of one conversation each; got {kind}. Leave packing "
+                "out, or encode dialogues (turns='dialogue')."
+            )
+        return measure(
+            self.processor,
+            self.sample,
+            len(self),
+            max_length=self._encoding["max_length"],
+            on_error=self.on_error,
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return an encoded sample: see `encode` and `pairs.encode_pair`.

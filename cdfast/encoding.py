@@ -123,7 +123,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _begins_with_bos(tokenizer: Any, text: str) -> bool:
+def begins_with_bos(tokenizer: Any, text: str) -> bool:
+    """Whether a rendered text has its own BOS token, so that the tokenizer must add none."""
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
@@ -134,7 +135,7 @@ def _tokenize(
     tokenizer = template.tokenizer
     batch = tokenizer(
         texts,
-        add_special_tokens=not _begins_with_bos(tokenizer, texts[0]),
+        add_special_tokens=not begins_with_bos(tokenizer, texts[0]),
         return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -214,13 +215,13 @@ def _find(
         start = begin + 1
 
 
-def _process(
+def process(
     processor: Any, template: ChatTemplate, text: str, images: list, source: str
 ) -> tuple[list[int], dict, dict]:
     """Run the processor once: expanded ids, per-token extras (N,), image tensors."""
     options: dict[str, Any] = {
         "text": [text],
-        "add_special_tokens": not _begins_with_bos(template.tokenizer, text),
+        "add_special_tokens": not begins_with_bos(template.tokenizer, text),
         "return_tensors": "pt",
     }
     if processor is not template.tokenizer:
@@ -280,7 +281,7 @@ def _encode_independent(
 ) -> tuple[list[int], list[int], dict, dict, int, list[int]]:
     rendered = [template.answers(turn, sample.source) for turn in single_turns(sample)]
     texts, spans = [text for text, _ in rendered], [span for _, span in rendered]
-    expanded, extras, tensors = _process(processor, template, texts[0], images, sample.source)
+    expanded, extras, tensors = process(processor, template, texts[0], images, sample.source)
     turns = _tokenize(template, texts, spans)
     # The images stand in front, so every turn's text begins with the same tokens.
     starts = [_behind_last(ids, template.image_id) if images else 0 for ids, _ in turns]
@@ -369,7 +370,7 @@ def encode(
         )
     else:
         text, spans = template.answers(sample.messages, sample.source)
-        ids, extras, tensors = _process(processor, template, text, images, sample.source)
+        ids, extras, tensors = process(processor, template, text, images, sample.source)
         [unexpanded] = _tokenize(template, [text], [spans])
         image_id = template.image_id if images else None
         labels, prefix = _carry_over(*unexpanded, ids, image_id, sample.source)

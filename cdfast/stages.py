@@ -36,6 +36,7 @@ from cdfast.engine import full_state_dict, release_engine
 from cdfast.export import write_student
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import check_models, load_config, load_model, teacher_source
+from cdfast.packing import describe_rows
 from cdfast.probes import Probe, matched_layers, probe_questions, samples_with_image
 from cdfast.storage import staged_folder, together, write_text
 from cdfast.terms import WEIGHTS, weighted_terms
@@ -329,8 +330,10 @@ def stage_arguments(run: Run, number: int) -> Any:
                 "teacher_placement",
                 "offload_optimizer",
                 "max_skipped_steps",
+                "packing",
             )
         },
+        "pack_tokens": recipe.pack_tokens or recipe.max_length,
         "keep_alignment": stage.keep_alignment,
         f"{prefix}_checkpointing": stage.gradient_checkpointing,
         **given,
@@ -416,6 +419,11 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     run.say(f"stage {number} of {of} ({stage.stage}): " + _describe(student, stage, matches))
     if probe:
         run.say(f"  in evaluations: {probe.describe(trainer)}")
+    packing = None
+    if arguments.packing:
+        with user_errors():
+            packing = trainer.packed_rows.summary()
+        run.say(f"  {describe_rows(packing)}")
     start = time.monotonic()
     output = trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - start
@@ -434,6 +442,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "skipped": dict(skipped) if skipped else {},
         "skipped_records": data.skipped_records() if skipped else {},
         "skipped_steps": trainer.nonfinite.total,
+        **({"packing": packing} if packing else {}),
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         **(_evaluations(trainer) if probe else {}),
     }

@@ -1,0 +1,237 @@
+"""Packing: samples of unequal lengths in rows without padding, and which samples share a row.
+
+A row is what one process takes in one forward pass: a single token axis of at most `capacity`
+tokens, on which samples follow each other and see only themselves. How many rows an epoch has is
+fixed by the lengths alone, so that Trainer can count steps before the first.
+
+    fill = tokens of all samples / (rows x capacity)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel
+from transformers.trainer_utils import seed_worker
+
+from cdfast.collator import check_packable_samples
+from cdfast.lengths import progress
+
+# Lengths are rounded up to this share of their mean, and samples of one rounded length change
+# places from epoch to epoch. It costs half of it, under 1% of a row.
+_CLASSES = 64
+# Models whose packed batches are tested against padded ones. Others may count positions in more
+# than one dimension (Qwen2.5-VL, Qwen3-VL), or see images in both directions.
+FAMILIES = (
+    "llava",
+    "cdfast_llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "smolvlm",
+    "idefics3",
+)
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Refuse a model that packed batches are not known to be right for.
+
+    Raises:
+        ValueError: its family; which are known.
+    """
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"packing: expected a model of the kinds {', '.join(FAMILIES)}, whose packed batches "
+            f"are tested; got {kind!r}, whose positions or image tensors may not fit several "
+            "samples in a row. Leave packing out."
+        )
+
+
+class PackedRows(Sampler[list[int]]):
+    """A batch sampler of packed rows: every sample once in an epoch, in rows of `capacity` tokens.
+
+    From long to short, each sample goes to the row that is emptiest so far. So all rows hold about
+    as many tokens, long samples and short ones, and ranks wait for each other little (best-fit
+    would put the long ones together, and every row of an epoch would be about one length). There
+    are as few rows as this order allows; then the rows are shuffled.
+
+    Args:
+        lengths: tokens of each sample.
+        capacity: the most tokens of a row.
+        seed: with the epoch it decides the order.
+        processes: the number of rows is a multiple of it, so that all ranks take equally many.
+        names: index -> what errors call a sample.
+
+    Raises:
+        ValueError: a sample longer than a row; too few samples for the processes.
+    """
+
+    # What accelerate's BatchSamplerShard, which deals the rows to ranks in turn, asks for: rows
+    # differ in samples, and none may be dropped.
+    batch_size = None
+    drop_last = False
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        capacity: int,
+        *,
+        seed: int = 0,
+        processes: int = 1,
+        names: Callable[[int], str] = "sample {}".format,
+    ):
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.capacity, self.seed, self.epoch = capacity, seed, 0
+        if len(self.lengths) < processes:
+            raise ValueError(
+                f"packing: expected a sample for each of {processes} processes at least; got "
+                f"{len(self.lengths)}. Use fewer processes, or more data."
+            )
+        longest = int(self.lengths.argmax())
+        if self.lengths[longest] > capacity:
+            raise ValueError(
+                f"pack_tokens: expected rows that hold every sample, of at least "
+                f"{self.lengths[longest]} tokens; got {capacity} (pack_tokens x batch size), and "
+                f"{names(longest)} is longer. Raise pack_tokens, or lower max_length."
+            )
+        unit = max(1, int(self.lengths.mean()) // _CLASSES)
+        # What the deal goes by: at least the length, at most a row.
+        self._sizes = np.minimum(-(-self.lengths // unit) * unit, capacity)
+        self._rows = self._fewest(processes)
+
+    def _fewest(self, processes: int) -> int:
+        """The smallest number of rows, a multiple of `processes`, that no row overflows with."""
+        sizes = np.sort(self._sizes)[::-1].tolist()
+        rows = -(-sum(sizes) // self.capacity)
+        while True:
+            rows = -(-rows // processes) * processes
+            if rows > len(sizes):
+                raise ValueError(
+                    f"packing: expected samples that share rows, so that {processes} processes get "
+                    f"equally many; got {len(sizes)} samples, nearly all of which need a row of "
+                    f"{self.capacity} tokens for themselves. Raise pack_tokens."
+                )
+            if _deal(sizes, rows, self.capacity) is not None:
+                return rows
+            # In steps of a thousandth: each trial goes over all samples.
+            rows += max(1, rows // 1000)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[list[int]]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(len(self._sizes))
+        # Stable, so that samples of one size stay in random order.
+        order = order[np.argsort(-self._sizes[order], kind="stable")]
+        rows = _deal(self._sizes[order].tolist(), self._rows, self.capacity)
+        assert rows is not None
+        samples = order.tolist()
+        for row in random.permutation(len(rows)).tolist():
+            yield [samples[place] for place in rows[row]]
+
+    @property
+    def fill(self) -> float:
+        """Tokens of all samples over those that the rows could hold."""
+        return float(self.lengths.sum() / (self._rows * self.capacity))
+
+    def padded_fill(self) -> float:
+        """Tokens over places of padded batches of as many samples as a row has, in random order."""
+        size = max(1, round(len(self.lengths) / self._rows))
+        order = np.random.default_rng(self.seed).permutation(self.lengths)
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
+        return float(self.lengths.sum() / sum(len(b) * b.max() for b in batches))
+
+    def summary(self) -> dict[str, float]:
+        """Numbers for results and for `describe_rows`."""
+        return {
+            "samples": len(self.lengths),
+            "tokens": int(self.lengths.sum()),
+            "rows": self._rows,
+            "capacity": self.capacity,
+            "fill": self.fill,
+            "padded_fill": self.padded_fill(),
+        }
+
+
+def describe_rows(summary: dict[str, float]) -> str:
+    """One line: how many samples, how many rows, how full."""
+    return (
+        f"packing: {summary['samples']:,} samples of {summary['tokens']:,} tokens in "
+        f"{summary['rows']:,} rows of at most {summary['capacity']:,}, "
+        f"{summary['samples'] / summary['rows']:.1f} samples a row; {summary['fill']:.1%} of the "
+        f"rows is filled (in padded batches of as many: {summary['padded_fill']:.1%})"
+    )
+
+
+def _deal(sizes: list[int], rows: int, capacity: int) -> list[list[int]] | None:
+    """Places of `sizes`, from large to small, by row, each to the emptiest; None if one overflows.
+
+    Which row gets a size depends on the sizes alone.
+    """
+    emptiest = [(0, row) for row in range(rows)]
+    dealt: list[list[int]] = [[] for _ in range(rows)]
+    for place, size in enumerate(sizes):
+        used, row = emptiest[0]
+        if used + size > capacity:
+            return None
+        heapq.heapreplace(emptiest, (used + size, row))
+        dealt[row].append(place)
+    return dealt
+
+
+def row_loader(
+    dataset: Dataset[Any], rows: PackedRows, collate: Callable[[list[Any]], Any], args: Any
+) -> DataLoader:
+    """A data loader of packed rows with the data loader options of TrainingArguments."""
+    names = ("pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context")
+    options = {name: getattr(args, f"dataloader_{name}") for name in names}
+    return DataLoader(
+        dataset,
+        batch_sampler=rows,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        ),
+        **{n: value for n, value in options.items() if value is not None},
+    )
+
+
+def sample_lengths(dataset: Any) -> np.ndarray:
+    """int64 (len,) tokens of each sample: `dataset.lengths()` where it has that, else by encoding.
+
+    Raises:
+        ValueError: the data set has no length; a sample is a pair of answers, or has segments.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "packing: expected a data set whose samples can be counted and measured before the "
+            f"first step; got {type(dataset).__name__}, which is streamed. Leave packing out."
+        )
+    measure = getattr(dataset, "lengths", None)
+    if measure is not None:
+        return np.asarray(measure(), dtype=np.int64)
+    indices = progress(range(len(dataset)), "Measuring samples (images are decoded)")
+    return np.array([_length(dataset[index]) for index in indices], dtype=np.int64)
+
+
+def sample_name(dataset: Any, index: int) -> str:
+    """What errors call a sample: its source where the data set knows it without decoding."""
+    sample = getattr(dataset, "sample", None)
+    return f"sample {index}" if sample is None else str(sample(index).source)
+
+
+def _length(sample: dict[str, Any]) -> int:
+    check_packable_samples([sample])
+    return len(sample["input_ids"])
