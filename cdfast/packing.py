@@ -9,6 +9,7 @@ fixed by the lengths alone, so that Trainer can count steps before the first.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,6 +26,8 @@ from cdfast.lengths import progress
 # Lengths are rounded up to this share of their mean, and samples of one rounded length change
 # places from epoch to epoch. It costs half of it, under 1% of a row.
 _CLASSES = 64
+# Best-fit is taken where it needs less than this share of the rows.
+_BEST_FIT_FROM = 0.98
 # Models whose packed batches are tested against padded ones. Others may count positions in more
 # than one dimension (Qwen2.5-VL, Qwen3-VL), or see images in both directions.
 FAMILIES = (
@@ -56,10 +59,11 @@ def check_packable(model: PreTrainedModel) -> None:
 class PackedRows(Sampler[list[int]]):
     """A batch sampler of packed rows: every sample once in an epoch, in rows of `capacity` tokens.
 
-    From long to short, each sample goes to the row that is emptiest so far. So all rows hold about
-    as many tokens, long samples and short ones, and ranks wait for each other little (best-fit
-    would put the long ones together, and every row of an epoch would be about one length). There
-    are as few rows as this order allows; then the rows are shuffled.
+    From long to short, each sample goes to the row that is emptiest so far, of as few rows as this
+    allows. So all rows hold about as many tokens, long samples and short ones, and ranks wait for
+    each other little. Where rows hold few samples it leaves gaps: if best-fit (the fullest row that
+    has the room) needs under 98% of the rows, it is taken; with many samples a row it would put
+    those of one length together. Then the rows are shuffled.
 
     Args:
         lengths: tokens of each sample.
@@ -103,24 +107,25 @@ class PackedRows(Sampler[list[int]]):
         unit = max(1, int(self.lengths.mean()) // _CLASSES)
         # What the deal goes by: at least the length, at most a row.
         self._sizes = np.minimum(-(-self.lengths // unit) * unit, capacity)
-        self._rows = self._fewest(processes)
-
-    def _fewest(self, processes: int) -> int:
-        """The smallest number of rows, a multiple of `processes`, that no row overflows with."""
         sizes = np.sort(self._sizes)[::-1].tolist()
-        rows = -(-sum(sizes) // self.capacity)
-        while True:
-            rows = -(-rows // processes) * processes
-            if rows > len(sizes):
-                raise ValueError(
-                    f"packing: expected samples that share rows, so that {processes} processes get "
-                    f"equally many; got {len(sizes)} samples, nearly all of which need a row of "
-                    f"{self.capacity} tokens for themselves. Raise pack_tokens."
-                )
-            if _deal(sizes, rows, self.capacity) is not None:
-                return rows
+        tight = _multiple(len(_best_fit(sizes, capacity)), processes)
+        even = self._fewest(sizes, processes)
+        self._best_fit = tight < _BEST_FIT_FROM * even
+        self._rows = tight if self._best_fit else even
+        if self._rows > len(sizes):
+            raise ValueError(
+                f"packing: expected samples that share rows, so that {processes} processes get "
+                f"equally many; got {len(sizes)} samples, nearly all of which need a row of "
+                f"{capacity} tokens for themselves. Raise pack_tokens."
+            )
+
+    def _fewest(self, sizes: list[int], processes: int) -> int:
+        """The smallest multiple of `processes` rows that `_deal` overflows none of."""
+        rows = _multiple(-(-sum(sizes) // self.capacity), processes)
+        while rows < len(sizes) and _deal(sizes, rows, self.capacity) is None:
             # In steps of a thousandth: each trial goes over all samples.
-            rows += max(1, rows // 1000)
+            rows = _multiple(rows + max(1, rows // 1000), processes)
+        return rows
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch."""
@@ -134,8 +139,10 @@ class PackedRows(Sampler[list[int]]):
         order = random.permutation(len(self._sizes))
         # Stable, so that samples of one size stay in random order.
         order = order[np.argsort(-self._sizes[order], kind="stable")]
-        rows = _deal(self._sizes[order].tolist(), self._rows, self.capacity)
-        assert rows is not None
+        sizes = self._sizes[order].tolist()
+        rows = None if self._best_fit else _deal(sizes, self._rows, self.capacity)
+        if rows is None:
+            rows = _split(_best_fit(sizes, self.capacity), self._rows)
         samples = order.tolist()
         for row in random.permutation(len(rows)).tolist():
             yield [samples[place] for place in rows[row]]
@@ -188,6 +195,36 @@ def _deal(sizes: list[int], rows: int, capacity: int) -> list[list[int]] | None:
         heapq.heapreplace(emptiest, (used + size, row))
         dealt[row].append(place)
     return dealt
+
+
+def _best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Places of `sizes`, from large to small, by row, each to the fullest that has the room."""
+    smallest = min(sizes)
+    rooms: list[tuple[int, int]] = []  # (room, row), ascending, of rows that can take one more
+    rows: list[list[int]] = []
+    for place, size in enumerate(sizes):
+        at = bisect.bisect_left(rooms, (size, 0))
+        if at == len(rooms):
+            room, row = capacity, len(rows)
+            rows.append([])
+        else:
+            room, row = rooms.pop(at)
+        rows[row].append(place)
+        if room - size >= smallest:
+            bisect.insort(rooms, (room - size, row))
+    return rows
+
+
+def _split(rows: list[list[int]], count: int) -> list[list[int]]:
+    """`rows`, of which those with most samples are halved until there are `count`."""
+    while len(rows) < count:
+        row = rows.pop(max(range(len(rows)), key=lambda n: len(rows[n])))
+        rows += [row[::2], row[1::2]]
+    return rows
+
+
+def _multiple(count: int, of: int) -> int:
+    return -(-count // of) * of
 
 
 def row_loader(

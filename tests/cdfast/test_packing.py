@@ -1,5 +1,8 @@
 """Packed rows: every loss and gradient as in padded batches, rows planned by length, resume."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,14 @@ import torch
 from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import assemble_student, set_trainable, share_vision_tower, vision_tower
 from cdfast.collator import VisionTextCollator
-from cdfast.packing import PackedRows
+from cdfast.data import load_dataset
+from cdfast.packing import PackedRows, check_packable
+from cdfast.train import main
 from cdfast.trainer import LayoutCollator
-from tests.cdfast.samples import TinySamples
+from tests.cdfast import photo_setup
+from tests.cdfast.command import arguments, refused
+from tests.cdfast.samples import TinyPairs, TinySamples
+from tests.cdfast.tiny_families import qwen
 from tests.cdfast.tiny_models import (
     IMAGE_TOKEN,
     NUM_VISUAL,
@@ -193,7 +201,7 @@ def test_rows_hold_every_sample_once_and_are_nearly_full(processes, capacity):
         assert max(lengths[row].sum() for row in made) <= capacity
     assert rows.fill == lengths.sum() / (len(rows) * capacity)
     # Rows of 2048 hold two or three samples; of the rest little is lost.
-    assert rows.fill > (0.8 if capacity == 2048 else 0.95)
+    assert rows.fill > (0.89 if capacity == 2048 else 0.95)
     assert rows.fill > rows.padded_fill()
 
 
@@ -253,3 +261,76 @@ def test_an_epoch_trains_on_every_sample_once(tmp_path):
     assert all(0 < entry["row_fill"] <= 1 for entry in log)
     mean = sum(entry["row_fill"] for entry in log) / len(log)
     assert mean == pytest.approx(trainer.packed_rows.fill)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_resume_continues_bit_for_bit(stop, tmp_path):
+    """Stopped within the first epoch and within the second."""
+    options = {"max_steps": 7, "optim": "adamw_torch", "learning_rate": 1e-3}
+    whole = make_trainer(tmp_path / "whole", **options)
+    assert stop != len(whole.packed_rows) < 7
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": stop}
+    first = make_trainer(tmp_path / "part", **options, **saving)
+    first.train()
+    for path in (tmp_path / "part").glob("checkpoint-*"):
+        if path.name != f"checkpoint-{stop}":
+            shutil.rmtree(path)
+    resumed = make_trainer(tmp_path / "part", **options, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 7
+    want = whole.model.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in resumed.model.state_dict().items())
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_planned_lengths_are_those_of_encoded_samples(paths):
+    data = load_dataset(paths.data, paths.images, photo_setup.make_processor(), max_length=60)
+    encoded = [len(data[i]["input_ids"]) for i in range(len(data))]
+    assert data.lengths().tolist() == encoded
+    assert max(encoded) == 60
+    assert len(set(encoded)) > 3
+
+
+@pytest.mark.slow
+def test_the_command_packs(paths, tmp_path, capsys):
+    out = tmp_path / "run"
+    given = {"packing": "true", "max-length": 100, "dpt.batch-size": 2, "dft.batch-size": 3}
+    main(arguments(paths, out, **given, **{"max-steps": 2, "workers": 0}))
+    results = json.loads((out / "results.json").read_text())
+    printed = capsys.readouterr().out
+    for stage, batch in zip(results["stages"], (2, 3)):
+        packing = stage["packing"]
+        assert packing["samples"] == 9
+        assert packing["capacity"] == batch * 100
+        assert f"in {packing['rows']} rows of at most {batch * 100}" in printed
+        assert all(entry["row_fill"] <= 1 for entry in stage["log"])
+
+
+REFUSED = {
+    "turns": ({"turns": "independent"}, "packing: expected turns 'dialogue'"),
+    "short rows": ({"pack-tokens": 20, "batch-size": 2}, "rows of at least max_length = 2048"),
+    "off": ({"packing": "false", "pack-tokens": 20}, "pack_tokens: expected none"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_of_the_command(case, paths, tmp_path, capsys):
+    options, message = REFUSED[case]
+    given = arguments(paths, tmp_path / "run", **{"packing": "true", **options})
+    assert message in refused(given, capsys)
+
+
+def test_refusals_of_the_trainer(tmp_path):
+    with pytest.raises(ValueError, match="pack_tokens: expected at least 1"):
+        DistillationConfig(str(tmp_path), packing=True, use_cpu=True)
+    sample = {**TinySamples(1)[0], "segment_ids": torch.zeros(1)}
+    with pytest.raises(ValueError, match="tiny, sample 0, which is split into independent turns"):
+        VisionTextCollator(0).pack([sample])
+    with pytest.raises(ValueError, match="tiny, sample 0, which is a pair of answers"):
+        VisionTextCollator(0).pack([TinyPairs(1)[0]])
+    model, _ = qwen()
+    with pytest.raises(ValueError, match=r"packing: expected a model of the kinds.*'qwen2_5_vl'"):
+        check_packable(model)
