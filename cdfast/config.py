@@ -236,6 +236,11 @@ class Recipe:
     pack_tokens: int | None = _option(
         None, "With packing: see there; default: max_length.", at_least=1
     )
+    share_images: bool = _option(
+        False,
+        "Records that show the same image are one sample: the image is seen once, and their "
+        "conversations do not see each other.",
+    )
     workers: int = _option(1, "Data loader processes per rank.", at_least=0)
 
     preset: str = _option("paper", "Alignment preset: paper or official.")
@@ -373,6 +378,7 @@ class Recipe:
             raise ConfigError("stages: expected at least one; got none. Name them in the recipe.")
         self._check_embedded()
         self._check_packing()
+        self._check_shared_images()
         for number, stage in enumerate(self.stages, 1):
             if stage.needs_teacher and not self.teacher:
                 used = [name for name in TEACHER_WEIGHTS if getattr(stage, name)]
@@ -436,6 +442,23 @@ class Recipe:
                     f"pack_tokens: {where}: expected rows of at least max_length = "
                     f"{self.max_length} tokens; got batch_size {stage.batch_size} x pack_tokens "
                     f"{self.pack_tokens}. Raise --pack-tokens, or lower --max-length."
+                )
+
+    def _check_shared_images(self) -> None:
+        if not self.share_images:
+            return
+        if self.packing:
+            raise ConfigError(
+                "share_images: expected packing false, because samples of a packed row have no "
+                "segments; got both. Choose the one that saves more tokens, see docs/packing.md."
+            )
+        for number, stage in enumerate(self.stages, 1):
+            embedded = [name for name in stage.data or self.data if name in EMBEDDED_SCENES]
+            if stage.pairs or embedded:
+                got = "pairs of answers" if stage.pairs else f"{embedded[0]!r}, where no two do"
+                raise ConfigError(
+                    f"share_images: stage {number} ({stage.stage}): expected files of records, "
+                    f"some of which show the same image; got {got}. Give --share-images false."
                 )
 
 

@@ -129,6 +129,7 @@ class VisionTextDataset(Dataset):
         self.on_error = on_error
         self.max_pixels = max_pixels
         self.pairs = pairs
+        self.max_length, self.turns = max_length, turns
         self._encoding: dict[str, Any] = {
             "max_length": max_length,
             "turns": turns,
@@ -236,6 +237,24 @@ class VisionTextDataset(Dataset):
             f"read: {error.reason}", f"the next good record is used in place of one: {error}"
         )
 
+    def together(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return samples that show the same images encoded as one: see `encode`, `others`.
+
+        Raises:
+            DataError: with on_error="raise", they cannot be used.
+        """
+        first, *others = indices
+        if others and not self._replaced[list(indices)].any():
+            samples = [self.sample(index) for index in others]
+            try:
+                return encode(self.processor, self.sample(first), others=samples, **self._encoding)
+            except DataError as error:
+                if self.on_error == "raise":
+                    raise
+                for index in indices:
+                    self._note(index, error)
+        return self[first]
+
     @property
     def skipped(self) -> Counter[str]:
         """Records left out or replaced so far, by reason (in all loader workers)."""
@@ -280,9 +299,8 @@ class VisionTextDataset(Dataset):
             ValueError: samples are pairs, or split into turns.
             DataError: with on_error="raise", a record that cannot be measured.
         """
-        turns = self._encoding["turns"]
-        if self.pairs or turns != "dialogue":
-            kind = "pairs of answers" if self.pairs else f"turns={turns!r}"
+        if self.pairs or self.turns != "dialogue":
+            kind = "pairs of answers" if self.pairs else f"turns={self.turns!r}"
             raise ValueError(
                 f"packing: expected samples of one conversation each; got {kind}. Leave packing "
                 "out, or encode dialogues (turns='dialogue')."
@@ -291,7 +309,7 @@ class VisionTextDataset(Dataset):
             self.processor,
             self.sample,
             len(self),
-            max_length=self._encoding["max_length"],
+            max_length=self.max_length,
             on_error=self.on_error,
         )
 

@@ -205,7 +205,19 @@ def stage_dataset(run: Run, number: int) -> Any:
             **mix,
         )
         return _encoded_scenes(scenes, run.processor, stage.pairs)
-    return _opened(run, data, stage.image_root or recipe.image_root, stage.pairs)
+    opened = _opened(run, data, stage.image_root or recipe.image_root, stage.pairs)
+    return _with_shared_images(run, opened) if recipe.share_images else opened
+
+
+def _with_shared_images(run: Run, opened: Any) -> Any:
+    """The samples of files, in which records that show the same image are one; made once."""
+    from cdfast.shared_images import SharedImages
+
+    key = id(opened)
+    if key not in run.datasets:
+        run.datasets[key] = SharedImages(opened)
+        run.say(run.datasets[key].describe())
+    return run.datasets[key]
 
 
 def _encoded_scenes(scenes: Any, processor: Any, pairs: bool) -> Any:

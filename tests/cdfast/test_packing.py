@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import assemble_student, set_trainable, share_vision_tower, vision_tower
@@ -15,7 +16,7 @@ from cdfast.packing import PackedRows, check_packable
 from cdfast.train import main
 from cdfast.trainer import LayoutCollator
 from tests.cdfast import photo_setup
-from tests.cdfast.command import arguments, refused
+from tests.cdfast.command import arguments, options, refused
 from tests.cdfast.samples import TinyPairs, TinySamples
 from tests.cdfast.tiny_families import qwen
 from tests.cdfast.tiny_models import (
@@ -286,9 +287,10 @@ def test_resume_continues_bit_for_bit(stop, tmp_path):
 # -- the command -----------------------------------------------------------------------------------
 
 
-def test_planned_lengths_are_those_of_encoded_samples(paths):
+def test_planned_lengths_are_those_of_encoded_samples(paths, monkeypatch):
     data = load_dataset(paths.data, paths.images, photo_setup.make_processor(), max_length=60)
     encoded = [len(data[i]["input_ids"]) for i in range(len(data))]
+    monkeypatch.setattr("cdfast.encoding.load_image", None)  # nothing is decoded
     assert data.lengths().tolist() == encoded
     assert max(encoded) == 60
     assert len(set(encoded)) > 3
@@ -297,11 +299,14 @@ def test_planned_lengths_are_those_of_encoded_samples(paths):
 @pytest.mark.slow
 def test_the_command_packs(paths, tmp_path, capsys):
     out = tmp_path / "run"
-    given = {"packing": "true", "max-length": 100, "dpt.batch-size": 2, "dft.batch-size": 3}
-    main(arguments(paths, out, **given, **{"max-steps": 2, "workers": 0}))
+    recipe = tmp_path / "two.yaml"
+    stages = [{"stage": "dpt", "batch_size": 2}, {"stage": "dft", "batch_size": 3}]
+    recipe.write_text(yaml.safe_dump({"stages": stages}))
+    given = {"packing": "true", "max-length": 100, "max-steps": 2, "workers": 0}
+    main([str(recipe), *options(paths, out, **given)])
     results = json.loads((out / "results.json").read_text())
     printed = capsys.readouterr().out
-    for stage, batch in zip(results["stages"], (2, 3)):
+    for stage, batch in zip(results["stages"], (2, 3), strict=True):
         packing = stage["packing"]
         assert packing["samples"] == 9
         assert packing["capacity"] == batch * 100
@@ -318,8 +323,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_of_the_command(case, paths, tmp_path, capsys):
-    options, message = REFUSED[case]
-    given = arguments(paths, tmp_path / "run", **{"packing": "true", **options})
+    changed, message = REFUSED[case]
+    given = arguments(paths, tmp_path / "run", **{"packing": "true", **changed})
     assert message in refused(given, capsys)
 
 
