@@ -1,0 +1,239 @@
+"""Tokens per second of the DFT step, padded and packed: python -m benchmarks.bench_packing
+
+    padded            batches of `--batch` samples in random order
+    padded, by length the same, of samples of about one length
+    packed            rows of at most batch x longest sample tokens (cdfast/packing.py)
+
+All go over the same samples once in a round, in turn: teacher, student with fetched adapter and
+LoRA, alignment, AdamW. Tokens are those of samples, not padding. One sample in eight has no image;
+texts are log-normal in length. Before anything is timed the sums of the losses over all samples are
+compared. Results are written after every round: stop it at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.preset_step import Pair, peak_of, seconds_of
+from benchmarks.result_files import (
+    RESULTS,
+    described,
+    headline,
+    number,
+    result_path,
+    start,
+    table,
+    write_json,
+)
+
+
+def decoder(width: int, layers: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": 8 * width // 3, "vocab_size": 8192}
+    sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
+    sizes |= {"num_hidden_layers": layers, "tie_word_embeddings": False}
+    return {"model_type": "qwen2", **sizes}
+
+
+# 64 visual tokens. On a GPU the sizes are the paper's: 729, two billion parameters.
+CPU = {
+    "vision": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 112,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+    "teacher": decoder(384, 6),
+    "student": decoder(256, 4),
+}
+FORMS = ("padded", "padded, by length", "packed")
+# Median length of a text in visual tokens, spread of its logarithm, longest text.
+MEDIAN, SIGMA, LONGEST = 0.25, 0.8, 1.8
+
+
+def make_samples(pair: Pair, count: int) -> list[dict[str, Any]]:
+    """Encoded samples with random words and pixels, a question of a third of the text."""
+    random = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
+    token, made = pair.aligner.image_token_id, []
+    for index in range(count):
+        text = pair.visual * min(MEDIAN * np.exp(SIGMA * random.standard_normal()), LONGEST)
+        words = torch.randint(3, pair.vocabulary - 1, (max(6, int(text)),), generator=generator)
+        images, head = {}, torch.tensor([1])
+        if index % 8:
+            head = torch.tensor([1, *[token] * pair.visual])
+            pixels = torch.randn(1, 3, pair.side, pair.side, generator=generator)
+            images = {"pixel_values": pixels.to(pair.dtype)}
+        ids = torch.cat([head, words])
+        labels = ids.clone()
+        labels[: len(head) + len(words) // 3] = -100
+        made.append({"input_ids": ids, "labels": labels, "images": images, "source": str(index)})
+    return made
+
+
+def make_batches(pair: Pair, samples: list[dict[str, Any]], size: int) -> dict[str, Any]:
+    """Form -> its batches of all samples, on the device."""
+    from cdfast.collator import VisionTextCollator
+    from cdfast.packing import PackedRows
+    from cdfast.trainer import LayoutCollator
+
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    order = np.random.default_rng(1).permutation(len(samples)).tolist()
+    by_length = sorted(order, key=lambda n: lengths[n])
+    collator = VisionTextCollator(0)
+    chosen: dict[str, Any] = {
+        form: (collator, [places[at : at + size] for at in range(0, len(places), size)])
+        for form, places in zip(FORMS, (order, by_length))
+    }
+    chosen["packed"] = (collator.pack, list(PackedRows(lengths, size * max(lengths))))
+
+    def batch(collate: Any, indices: list[int]) -> dict[str, Any]:
+        made = LayoutCollator(collate, pair.aligner.image_token_id)([samples[n] for n in indices])
+        kept = {n: v for n, v in made.items() if n not in ("sample_ids", "cu_seqlens")}
+        return {name: value.to(pair.device) for name, value in kept.items()}
+
+    return {form: [batch(how, i) for i in parts] for form, (how, parts) in chosen.items()}
+
+
+def sums_of(pair: Pair, batches: list[dict[str, Any]]) -> list[float]:
+    """LM, KL and alignment summed over all samples."""
+    pair.use("dft")
+    total = [0.0, 0.0, 0.0]
+    for batch in batches:
+        rows = int((batch["labels"][:, 1:] != -100).sum())
+        counts = (rows, rows, len(batch["labels"]))
+        with torch.no_grad():
+            means = pair.losses("dft", batch)
+        total = [t + m.item() * n for t, m, n in zip(total, means, counts)]
+    return total
+
+
+def once(pair: Pair, batches: list[dict[str, Any]]) -> None:
+    for batch in batches:
+        pair.step("dft", batch)
+
+
+def row_of(pair: Pair, batches: list[dict[str, Any]], times: list[float], base: list[float]) -> Any:
+    tokens = sum(int(batch["layout"].live.sum()) for batch in batches)
+    places = sum(batch["input_ids"].numel() for batch in batches)
+    ratios = [b / t for t, b in zip(times, base)]
+    return {
+        "batches": len(batches),
+        "filled": tokens / places,
+        "most_places": max(batch["input_ids"].numel() for batch in batches),
+        "rounds": len(times),
+        "seconds": statistics.median(times) if times else None,
+        "tokens_per_second": tokens / statistics.median(times) if times else None,
+        "over_padded": statistics.median(ratios) if ratios else None,
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    rows = []
+    for form, row in report["rows"].items():
+        peak = row.get("peak_bytes")
+        cells = [form, str(row["batches"]), str(row["most_places"]), f"{row['filled']:.1%}"]
+        cells += [number(row["tokens_per_second"], 0), number(row["over_padded"])]
+        rows.append([*cells, number(None if peak is None else peak / 2**30)])
+    header = ["form", "batches", "places of the largest", "filled by tokens", "tokens/s"]
+    header += ["over padded", "peak, GiB"]
+    sums = "; ".join(
+        f"{form}: {', '.join(f'{value:.4f}' for value in values)}"
+        for form, values in report["sums"].items()
+    )
+    sizes = report["sizes"]
+    parts = [
+        "# The DFT step, padded and packed",
+        described(report),
+        f"{sizes['samples']} samples of {sizes['shortest']} to {sizes['longest']} tokens, "
+        f"{sizes['visual']} of them visual; padded batches of {sizes['batch']}, packed rows of at "
+        f"most {sizes['batch']} x {sizes['longest']} tokens. {report['dtype']}. Ratios are medians "
+        "of those inside a round.",
+        table(header, rows),
+        f"Sums of LM, KL and alignment over all samples: {sums}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_packing", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--samples", type=int, help="default: 48, on a GPU 256")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a padded batch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--budget-minutes", type=float, default=5.0, help="no round begins later")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    cuda = options.device.startswith("cuda")
+    options.preset, options.architecture = "paper" if cuda else "tiny", CPU
+    options.gradient_checkpointing = cuda
+    options.samples = options.samples or (256 if cuda else 48)
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, begin = parse(argv), time.monotonic()
+    pair = Pair(options)
+    samples = make_samples(pair, options.samples)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    forms = make_batches(pair, samples, options.batch)
+    arguments = sys.argv[1:] if argv is None else argv
+    sizes = {"samples": len(samples), "batch": options.batch, "visual": pair.visual}
+    report: dict[str, Any] = {
+        **start("packing", options.device, "benchmarks.bench_packing", arguments),
+        "dtype": str(pair.dtype).removeprefix("torch."),
+        "sizes": {**sizes, "shortest": min(lengths), "longest": max(lengths)},
+        "sums": {form: sums_of(pair, batches) for form, batches in forms.items()},
+    }
+    # bfloat16 logits are rounded differently in another place of a batch.
+    tolerance = 0.02 if pair.dtype == torch.bfloat16 else 1e-4
+    want = report["sums"]["padded"]
+    agree = all(np.allclose(got, want, tolerance) for got in report["sums"].values())
+    path = result_path("packing", options.device, options.output)
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    peaks: dict[str, int | None] = {}
+
+    def write() -> None:
+        report["rows"] = {
+            form: {**row_of(pair, forms[form], times[form], times["padded"])}
+            | {"peak_bytes": peaks.get(form)}
+            for form in FORMS
+        }
+        name = "packing: tokens/s over padded batches"
+        report["headline"] = {name: headline(report["rows"]["packed"]["over_padded"], "x", "more")}
+        write_json(path, report)
+        path.with_suffix(".md").write_text(markdown(report))
+
+    write()
+    for turn in range(options.rounds + 1 if agree else 0):
+        if turn > 1 and time.monotonic() - begin > 60 * options.budget_minutes:
+            break
+        for form, batches in forms.items():
+            if turn == 0:  # kernels are compiled, and memory is that of a step
+                peaks[form] = peak_of(pair, lambda b=batches: once(pair, b))  # type: ignore[misc]
+                continue
+            seconds = seconds_of(pair, lambda b=batches: once(pair, b))  # type: ignore[misc]
+            times[form].append(seconds)
+            print(f"round {turn}: {form}: {seconds:.2f} s", file=sys.stderr, flush=True)
+        write()
+    print(path.with_suffix(".md").read_text())
+    print(f"written: {path} and .md" if agree else "the sums differ: nothing was timed")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
