@@ -178,6 +178,11 @@ class DistillationConfig(TrainingArguments):
                 f"pack_tokens: expected at least 1, because packing is on; got {self.pack_tokens}. "
                 "Give the tokens that a row may have per sample of the batch size."
             )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                "packing: expected train_sampling_strategy 'random', because rows are made by "
+                f"length; got {self.train_sampling_strategy!r}. Leave one of them out."
+            )
         if self.preference_weight > 0:
             raise ValueError(
                 "packing: expected no preference loss, whose two answers are rows of their own; "

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.data_loader import BatchSamplerShard
 
 from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import assemble_student, set_trainable, share_vision_tower, vision_tower
 from cdfast.collator import VisionTextCollator
 from cdfast.data import load_dataset
-from cdfast.packing import PackedRows, check_packable
+from cdfast.packing import PackedRows, check_packable, describe_rows
+from cdfast.resumable import ResumableTrainer
 from cdfast.train import main
 from cdfast.trainer import LayoutCollator
 from tests.cdfast import photo_setup
@@ -234,6 +237,28 @@ def test_rows_are_alike_in_tokens_and_in_lengths():
     assert all(row.max() - row.min() > 500 for row in rows)
 
 
+def test_fill_is_what_the_page_says():
+    lengths = lengths_like_llava(3000)
+    page = (Path(__file__).parents[2] / "docs" / "packing.md").read_text()
+    assert describe_rows(PackedRows(lengths, 8192).summary()) in page
+    assert f"filled to {PackedRows(lengths, 2048).fill:.1%}" in page
+
+
+def test_ranks_take_equally_many_rows_and_every_sample_once():
+    rows = PackedRows(lengths_like_llava(1000), 8192, processes=3)
+    ranks = [list(BatchSamplerShard(rows, 3, rank)) for rank in range(3)]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert sorted(i for rank in ranks for row in rank for i in row) == list(range(1000))
+
+
+def test_every_epoch_has_its_own_order_behind_any_loader(tmp_path, monkeypatch):
+    """A resumed rank's sampler is inside two others, where Trainer does not find it."""
+    monkeypatch.setattr(ResumableTrainer, "_run_epoch", lambda *args, **kwargs: None)
+    trainer = make_trainer(tmp_path)
+    trainer._run_epoch(epoch=3)
+    assert trainer.packed_rows.epoch == 3
+
+
 def test_a_sample_longer_than_a_row_is_named():
     with pytest.raises(ValueError, match=r"sample 2 is longer.*Raise pack_tokens"):
         PackedRows([5, 7, 90], 64)
@@ -331,6 +356,12 @@ def test_refusals_of_the_command(case, paths, tmp_path, capsys):
 def test_refusals_of_the_trainer(tmp_path):
     with pytest.raises(ValueError, match="pack_tokens: expected at least 1"):
         DistillationConfig(str(tmp_path), packing=True, use_cpu=True)
+    base = {"output_dir": str(tmp_path), "packing": True, "pack_tokens": 9, "use_cpu": True}
+    weights = {"kl_weight": 0.0, "alignment_weight": 0.0, "preference_weight": 1.0}
+    with pytest.raises(ValueError, match="packing: expected no preference loss"):
+        DistillationConfig(**base, **weights)
+    with pytest.raises(ValueError, match="train_sampling_strategy 'random'"):
+        DistillationConfig(**base, train_sampling_strategy="sequential")
     sample = {**TinySamples(1)[0], "segment_ids": torch.zeros(1)}
     with pytest.raises(ValueError, match="tiny, sample 0, which is split into independent turns"):
         VisionTextCollator(0).pack([sample])
