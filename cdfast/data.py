@@ -130,6 +130,7 @@ class VisionTextDataset(Dataset):
         self.max_pixels = max_pixels
         self.pairs = pairs
         self.max_length, self.turns = max_length, turns
+        self._lengths: np.ndarray | None = None  # every stage of a run asks for them
         self._encoding: dict[str, Any] = {
             "max_length": max_length,
             "turns": turns,
@@ -305,13 +306,15 @@ class VisionTextDataset(Dataset):
                 f"packing: expected samples of one conversation each; got {kind}. Leave packing "
                 "out, or encode dialogues (turns='dialogue')."
             )
-        return measure(
-            self.processor,
-            self.sample,
-            len(self),
-            max_length=self.max_length,
-            on_error=self.on_error,
-        )
+        if self._lengths is None:
+            self._lengths = measure(
+                self.processor,
+                self.sample,
+                len(self),
+                max_length=self.max_length,
+                on_error=self.on_error,
+            )
+        return self._lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return an encoded sample: see `encode` and `pairs.encode_pair`.

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import seed_worker
 
@@ -63,7 +63,8 @@ class PackedRows(Sampler[list[int]]):
     allows. So all rows hold about as many tokens, long samples and short ones, and ranks wait for
     each other little. Where rows hold few samples it leaves gaps: if best-fit (the fullest row that
     has the room) needs under 98% of the rows, it is taken; with many samples a row it would put
-    those of one length together. Then the rows are shuffled.
+    those of one length together. Then the rows are shuffled. Hundreds of thousands of samples take
+    seconds.
 
     Args:
         lengths: tokens of each sample.
@@ -109,23 +110,32 @@ class PackedRows(Sampler[list[int]]):
         self._sizes = np.minimum(-(-self.lengths // unit) * unit, capacity)
         sizes = np.sort(self._sizes)[::-1].tolist()
         tight = _multiple(len(_best_fit(sizes, capacity)), processes)
-        even = self._fewest(sizes, processes)
-        self._best_fit = tight < _BEST_FIT_FROM * even
-        self._rows = tight if self._best_fit else even
-        if self._rows > len(sizes):
+        if tight > len(sizes):
             raise ValueError(
                 f"packing: expected samples that share rows, so that {processes} processes get "
                 f"equally many; got {len(sizes)} samples, nearly all of which need a row of "
                 f"{capacity} tokens for themselves. Raise pack_tokens."
             )
+        most = min(int(tight / _BEST_FIT_FROM), len(sizes))
+        even = self._fewest(sizes, processes, most)
+        self._best_fit = even is None
+        self._rows = even or tight
 
-    def _fewest(self, sizes: list[int], processes: int) -> int:
-        """The smallest multiple of `processes` rows that `_deal` overflows none of."""
-        rows = _multiple(-(-sum(sizes) // self.capacity), processes)
-        while rows < len(sizes) and _deal(sizes, rows, self.capacity) is None:
-            # In steps of a thousandth: each trial goes over all samples.
-            rows = _multiple(rows + max(1, rows // 1000), processes)
-        return rows
+    def _fewest(self, sizes: list[int], processes: int, most: int) -> int | None:
+        """The smallest multiple of `processes` rows that `_deal` overflows none of, by halving.
+
+        None if that is more than `most`.
+        """
+        low, high = -(-sum(sizes) // (self.capacity * processes)), most // processes
+        if high < low or _deal(sizes, high * processes, self.capacity) is None:
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if _deal(sizes, middle * processes, self.capacity) is None:
+                low = middle + 1
+            else:
+                high = middle
+        return high * processes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch."""
@@ -200,18 +210,27 @@ def _deal(sizes: list[int], rows: int, capacity: int) -> list[list[int]] | None:
 def _best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     """Places of `sizes`, from large to small, by row, each to the fullest that has the room."""
     smallest = min(sizes)
-    rooms: list[tuple[int, int]] = []  # (room, row), ascending, of rows that can take one more
     rows: list[list[int]] = []
+    # Of rows that can take one more: their rooms, ascending, and the rows that have each.
+    rooms: list[int] = []
+    having: dict[int, list[int]] = {}
     for place, size in enumerate(sizes):
-        at = bisect.bisect_left(rooms, (size, 0))
+        at = bisect.bisect_left(rooms, size)
         if at == len(rooms):
             room, row = capacity, len(rows)
             rows.append([])
         else:
-            room, row = rooms.pop(at)
+            room = rooms[at]
+            row = having[room].pop()
+            if not having[room]:
+                del having[rooms.pop(at)]
         rows[row].append(place)
-        if room - size >= smallest:
-            bisect.insort(rooms, (room - size, row))
+        left = room - size
+        if left in having:
+            having[left].append(row)
+        elif left >= smallest:
+            bisect.insort(rooms, left)
+            having[left] = [row]
     return rows
 
 
@@ -251,7 +270,7 @@ def sample_lengths(dataset: Any) -> np.ndarray:
     Raises:
         ValueError: the data set has no length; a sample is a pair of answers, or has segments.
     """
-    if not hasattr(dataset, "__len__"):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
             "packing: expected a data set whose samples can be counted and measured before the "
             f"first step; got {type(dataset).__name__}, which is streamed. Leave packing out."
