@@ -13,6 +13,7 @@ compared. Results are written after every round: stop it at any time.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -110,6 +111,11 @@ def sums_of(pair: Pair, batches: list[dict[str, Any]]) -> list[float]:
     return total
 
 
+def steps(pair: Pair, batches: list[dict[str, Any]]) -> None:
+    for batch in batches:
+        pair.step("dft", batch)
+
+
 def row_of(batches: list[dict[str, Any]], times: list[float], base: list[float]) -> dict[str, Any]:
     tokens = sum(int(batch["layout"].live.sum()) for batch in batches)
     places = sum(batch["input_ids"].numel() for batch in batches)
@@ -118,7 +124,6 @@ def row_of(batches: list[dict[str, Any]], times: list[float], base: list[float])
         "batches": len(batches),
         "filled": tokens / places,
         "most_places": max(batch["input_ids"].numel() for batch in batches),
-        "rounds": len(times),
         "seconds": statistics.median(times) if times else None,
         "tokens_per_second": tokens / statistics.median(times) if times else None,
         "over_padded": statistics.median(ratios) if ratios else None,
@@ -126,18 +131,14 @@ def row_of(batches: list[dict[str, Any]], times: list[float], base: list[float])
 
 
 def markdown(report: dict[str, Any]) -> str:
+    header = ["form", "batches", "places of the largest", "filled by tokens"]
+    header += ["tokens/s", "over padded", "peak, GiB"]
     rows = []
     for form, row in report["rows"].items():
-        peak = row.get("peak_bytes")
+        peak = row["peak_bytes"] and row["peak_bytes"] / 2**30
         cells = [form, str(row["batches"]), str(row["most_places"]), f"{row['filled']:.1%}"]
-        cells += [number(row["tokens_per_second"], 0), number(row["over_padded"])]
-        rows.append([*cells, number(None if peak is None else peak / 2**30)])
-    header = ["form", "batches", "places of the largest", "filled by tokens", "tokens/s"]
-    header += ["over padded", "peak, GiB"]
-    sums = "; ".join(
-        f"{form}: {', '.join(f'{value:.4f}' for value in values)}"
-        for form, values in report["sums"].items()
-    )
+        rows.append([*cells, number(row["tokens_per_second"], 0), number(row["over_padded"])])
+        rows[-1].append(number(peak))
     sizes = report["sizes"]
     parts = [
         "# The DFT step, padded and packed",
@@ -147,27 +148,22 @@ def markdown(report: dict[str, Any]) -> str:
         f"most {sizes['batch']} x {sizes['longest']} tokens. {report['dtype']}. Ratios are medians "
         "of those inside a round.",
         table(header, rows),
-        f"Sums of LM, KL and alignment over all samples: {sums}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_packing", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", type=int, help="default: 48, on a GPU 256")
+    parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8, help="samples of a padded batch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--backend", default="auto")
     parser.add_argument("--budget-minutes", type=float, default=5.0, help="no round begins later")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
-    cuda = options.device.startswith("cuda")
-    options.preset, options.architecture = "paper" if cuda else "tiny", CPU
-    options.gradient_checkpointing = cuda
-    options.samples = options.samples or (256 if cuda else 48)
+    options.gradient_checkpointing = options.device.startswith("cuda")
+    options.preset = "paper" if options.gradient_checkpointing else "tiny"
+    options.architecture, options.backend = CPU, "auto"
     return options
 
 
@@ -180,11 +176,7 @@ def measure(pair: Pair, forms: dict[str, Any], options: argparse.Namespace) -> I
         if turn > 1 and time.monotonic() - begin > 60 * options.budget_minutes:
             break
         for form, batches in forms.items():
-
-            def once(batches: Any = batches) -> None:
-                for batch in batches:
-                    pair.step("dft", batch)
-
+            once = functools.partial(steps, pair, batches)
             if turn == 0:
                 peaks[form] = peak_of(pair, once)
                 continue
@@ -202,13 +194,12 @@ def main(argv: list[str] | None = None) -> int:
     samples = make_samples(pair, options.samples)
     lengths = [len(sample["input_ids"]) for sample in samples]
     forms = make_batches(pair, samples, options.batch)
-    arguments = sys.argv[1:] if argv is None else argv
-    sizes = {"samples": len(samples), "batch": options.batch, "visual": pair.visual}
     sums = {form: sums_of(pair, batches) for form, batches in forms.items()}
     report: dict[str, Any] = {
-        **start("packing", options.device, "benchmarks.bench_packing", arguments),
+        **start("packing", options.device, "benchmarks.bench_packing", argv or sys.argv[1:]),
         "dtype": str(pair.dtype).removeprefix("torch."),
-        "sizes": {**sizes, "shortest": min(lengths), "longest": max(lengths)},
+        "sizes": {"samples": len(samples), "batch": options.batch, "visual": pair.visual}
+        | {"shortest": min(lengths), "longest": max(lengths)},
         "sums": sums,
     }
     # bfloat16 logits are rounded differently in another place of a batch.

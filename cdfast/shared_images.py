@@ -101,6 +101,17 @@ class SharedImages(Dataset[dict[str, Any]]):
         """See `VisionTextDataset.skipped_records`."""
         return self.data.skipped_records()
 
+    def summary(self) -> dict[str, int]:
+        """Numbers for results."""
+        return {
+            "records": len(self.data),
+            "samples": len(self),
+            "visual_tokens": self.visual,
+            "visual_tokens_alone": self.visual_alone,
+            "tokens": self.tokens,
+            "tokens_alone": self.alone,
+        }
+
     def describe(self) -> str:
         """One line: how many samples are left, and what is saved."""
         saved = 1 - self.visual / max(self.visual_alone, 1)

@@ -455,6 +455,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "skipped_records": data.skipped_records() if skipped else {},
         "skipped_steps": trainer.nonfinite.total,
         **({"packing": packing} if packing else {}),
+        **({"shared_images": data.summary()} if run.recipe.share_images else {}),
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         **(_evaluations(trainer) if probe else {}),
     }

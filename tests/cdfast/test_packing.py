@@ -14,7 +14,7 @@ from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import assemble_student, set_trainable, share_vision_tower, vision_tower
 from cdfast.collator import VisionTextCollator
 from cdfast.data import load_dataset
-from cdfast.packing import PackedRows, check_packable, describe_rows
+from cdfast.packing import PackedRows, check_packable, describe_rows, sample_lengths
 from cdfast.resumable import ResumableTrainer
 from cdfast.train import main
 from cdfast.trainer import LayoutCollator
@@ -353,6 +353,11 @@ def test_refusals_of_the_command(case, paths, tmp_path, capsys):
     assert message in refused(given, capsys)
 
 
+class Streamed(torch.utils.data.IterableDataset):
+    def __len__(self):
+        return 3
+
+
 def test_refusals_of_the_trainer(tmp_path):
     with pytest.raises(ValueError, match="pack_tokens: expected at least 1"):
         DistillationConfig(str(tmp_path), packing=True, use_cpu=True)
@@ -362,6 +367,8 @@ def test_refusals_of_the_trainer(tmp_path):
         DistillationConfig(**base, **weights)
     with pytest.raises(ValueError, match="train_sampling_strategy 'random'"):
         DistillationConfig(**base, train_sampling_strategy="sequential")
+    with pytest.raises(ValueError, match="Streamed, which is streamed"):
+        sample_lengths(Streamed())
     sample = {**TinySamples(1)[0], "segment_ids": torch.zeros(1)}
     with pytest.raises(ValueError, match="tiny, sample 0, which is split into independent turns"):
         VisionTextCollator(0).pack([sample])

@@ -173,6 +173,9 @@ def test_the_command_shares_images(paths, tmp_path, capsys):
     main([str(recipe), *options(paths, out, data=data, **given)])
     assert "shared images: 7 records in 5 samples" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert [stage["steps"] for stage in results["stages"]] == [1]
+    [stage] = results["stages"]
+    assert stage["steps"] == 1
+    saved = {"records": 7, "samples": 5, "visual_tokens": 48, "visual_tokens_alone": 80}
+    assert stage["shared_images"].items() >= saved.items()
     given = arguments(paths, tmp_path / "both", **{"packing": "true", "share-images": "true"})
     assert "share_images: expected packing false" in refused(given, capsys)
