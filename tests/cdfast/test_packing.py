@@ -357,6 +357,9 @@ class Streamed(torch.utils.data.IterableDataset):
     def __len__(self):
         return 3
 
+    def __iter__(self):
+        yield TinySamples(1)[0]
+
 
 def test_refusals_of_the_trainer(tmp_path):
     with pytest.raises(ValueError, match="pack_tokens: expected at least 1"):
