@@ -33,6 +33,7 @@ def cpu_steps(output: Path) -> list[Step]:
         benchmark("bench_logits", 1.5, output, "--device", "cpu", name="logits"),
         benchmark("bench_text_step", 3, output, name="text_step"),
         benchmark("bench_train_step", 4, output, name="train_step"),
+        benchmark("bench_packing", 3, output, "--device", "cpu", name="packing"),
         benchmark("bench_layout", 0.5, output, name="layout"),
     ]
 

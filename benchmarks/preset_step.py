@@ -85,7 +85,7 @@ class Pair:
         recipe = load_recipe("compodistill-2b")
         if options.preset == "tiny":
             recipe = override(recipe, {"lora_r": 4})
-            recipe.architecture = TINY
+            recipe.architecture = getattr(options, "architecture", TINY)
         self.device = torch.device(options.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         teacher_config, student_config = model_configs(recipe)

@@ -87,10 +87,11 @@ class Alignment:
 
 
 def build_layout(batch: Mapping[str, Any], image_token_id: int) -> VisualLayout:
-    """Layout of a padded batch: visual tokens are those whose id is the image token's.
+    """Layout of a batch: visual tokens are those whose id is the image token's.
 
     Args:
-        batch: input_ids (B, N); optional attention_mask (B, N), segment_ids (B, N).
+        batch: input_ids (B, N); optional attention_mask (B, N), segment_ids (B, N). Packed:
+            input_ids (1, total) and cu_seqlens (S + 1,), in which no token is padding.
         image_token_id: id of the image placeholder in input_ids.
     """
     if "input_ids" not in batch:
@@ -99,6 +100,8 @@ def build_layout(batch: Mapping[str, Any], image_token_id: int) -> VisualLayout:
             f"got only {sorted(batch)}. Pass input_ids, or a prebuilt layout=."
         )
     visual = batch["input_ids"] == image_token_id
+    if batch.get("cu_seqlens") is not None:
+        return VisualLayout.from_packed(batch["cu_seqlens"], visual.squeeze(0))
     mask = batch.get("attention_mask")
     mask = None if mask is None else mask.bool()
     if batch.get("segment_ids") is not None:

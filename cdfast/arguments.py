@@ -83,6 +83,16 @@ class DistillationConfig(TrainingArguments):
             "instead of repeating them (faster on long sequences, more memory)."
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Several samples in one row without padding, on one token axis of at most "
+            "per_device_train_batch_size x pack_tokens tokens; see cdfast/packing.py."
+        },
+    )
+    pack_tokens: int | None = field(
+        default=None, metadata={"help": "With packing: see there; at least 1."}
+    )
     zero_stage: int = field(
         default=0,
         metadata={
@@ -143,6 +153,7 @@ class DistillationConfig(TrainingArguments):
                 f"preference_weight: expected no other loss with a teacher beside it; got "
                 f"{', '.join(others)} > 0. Set them to 0."
             )
+        self._check_packing()
         if not 0 < self.preference_beta < float("inf"):
             raise ValueError(
                 f"preference_beta: expected a finite number > 0; got {self.preference_beta}."
@@ -157,6 +168,25 @@ class DistillationConfig(TrainingArguments):
         if self.max_skipped_steps < 1:
             raise ValueError(
                 f"max_skipped_steps: expected at least 1; got {self.max_skipped_steps}."
+            )
+
+    def _check_packing(self) -> None:
+        if not self.packing:
+            return
+        if self.pack_tokens is None or self.pack_tokens < 1:
+            raise ValueError(
+                f"pack_tokens: expected at least 1, because packing is on; got {self.pack_tokens}. "
+                "Give the tokens that a row may have per sample of the batch size."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                "packing: expected train_sampling_strategy 'random', because rows are made by "
+                f"length; got {self.train_sampling_strategy!r}. Leave one of them out."
+            )
+        if self.preference_weight > 0:
+            raise ValueError(
+                "packing: expected no preference loss, whose two answers are rows of their own; "
+                f"got preference_weight {self.preference_weight:g}. Set one of them to 0 or False."
             )
 
     def _set_up_zero(self) -> None:

@@ -50,7 +50,8 @@ _UNSUPPORTED_ARGUMENTS = ("softcap", "sliding_window", "position_bias", "s_aux")
 
 class AttentionCall(NamedTuple):
     """One layer's attention, handed to a probe: q (B, N, H, d), k, v (B, N, Hk, d), out as q, and
-    lse (B, H, N), the natural log over all visible keys."""
+    lse (B, H, N), the natural log over all visible keys. In a packed batch (total, H, d) and
+    (H, total)."""
 
     layer: int
     q: Tensor
@@ -148,13 +149,15 @@ def cdfast_attention_forward(
     target = alignment.targets.get(layer)
     layout = alignment.layout
     probe = alignment.probes.get(layer)
-    if target is None and probe is None and layer not in alignment.map_layers:
+    aligned = target is not None or probe is not None or layer in alignment.map_layers
+    # A dense mask of a packed batch would be (total, total); the fused op skips its empty tiles.
+    if not aligned and not layout.is_packed:
         # Right padding needs no mask: a live row sees only keys at or before itself, all live.
         mask = None if layout.is_prefix_causal else alignment.dense_mask()
         return _stock_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
 
     _refuse_unsupported(module, layer, kwargs)
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    q, k, v = (_tokens(x, layout) for x in (query, key, value))
     beside = alignment.backend in _ATTENTION_BACKENDS
     backend = "auto" if beside else alignment.backend
     options: dict[str, Any] = {"softmax_scale": scaling, "backend": backend}
@@ -166,7 +169,7 @@ def cdfast_attention_forward(
         if probe is not None:
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
             out = probe(AttentionCall(layer, q, k, v, out, lse, scale))
-        return out, None
+        return _batched(out, layout), None
 
     if alignment.with_grad and not torch.is_grad_enabled():
         raise RuntimeError(
@@ -183,7 +186,18 @@ def cdfast_attention_forward(
         out, loss = flash_attention_with_alignment(q, k, v, target, layout, **options)
     # Activation recomputation calls this again: the first loss is the one in the caller's graph.
     alignment.losses.setdefault(layer, loss)
-    return out, None
+    return _batched(out, layout), None
+
+
+def _tokens(x: Tensor, layout: VisualLayout) -> Tensor:
+    """(B, N, H, d) of a layer's (B, H, N, d); of a packed batch, whose B is 1, (total, H, d)."""
+    x = x.transpose(1, 2)
+    return x.squeeze(0) if layout.is_packed else x
+
+
+def _batched(out: Tensor, layout: VisualLayout) -> Tensor:
+    """Inverse of `_tokens`, as a layer wants its output: (B, N, H, d)."""
+    return out.unsqueeze(0) if layout.is_packed else out
 
 
 def _refuse_unsupported(module: nn.Module, layer: int, kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Encoded samples of unequal lengths to one padded batch."""
+"""Encoded samples of unequal lengths to one batch: padded, or packed in one row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cdfast.losses import IGNORE_INDEX
 
 
 class VisionTextCollator:
-    """Pad encoded samples to one batch.
+    """Pad encoded samples to one batch; `pack` puts them in one row instead.
 
     Args:
         pad_token_id: what fills `input_ids`; labels are filled with -100, everything else
@@ -74,21 +74,48 @@ class VisionTextCollator:
             "attention_mask": self._pad([torch.ones_like(row) for row in ids], length, 0),
             "labels": self._pad([sample["labels"] for sample in samples], length, IGNORE_INDEX),
         }
-        for name in sorted({name for sample in samples for name in sample.get("extras", {})}):
-            rows = [
-                sample.get("extras", {}).get(name, torch.zeros_like(row))
-                for sample, row in zip(samples, ids)
-            ]
+        for name, rows in _extras(samples).items():
             batch[name] = self._pad(rows, length, 0)
         if all("segment_ids" in sample for sample in samples):
             batch["position_ids"] = self._pad([s["position_ids"] for s in samples], length, 0)
             batch["segment_ids"] = self._pad([s["segment_ids"] for s in samples], length, 0)
-        for name in sorted({name for sample in samples for name in sample["images"]}):
-            batch[name] = _concatenate([s["images"][name] for s in samples if name in s["images"]])
+        batch |= _images(samples)
         batch["sample_ids"] = sources
         if rejected:
             batch["pairs"] = len(rejected)
         return batch
+
+    def pack(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch of one row without padding, in which samples follow each other.
+
+        Args:
+            samples: what `encode` returned for dialogues; at least one.
+
+        Returns:
+            `input_ids`, `attention_mask` (all 1), `labels` (1, total) int64; `position_ids`
+            (1, total), which start again at every sample; `cu_seqlens` (S + 1,) int32, where each
+            begins, then `total`; image tensors, extras and `sample_ids` as in a padded batch.
+
+        Raises:
+            ValueError: no samples, pairs of answers, or samples with segments.
+        """
+        check_packable_samples(samples)
+        ids = [sample["input_ids"] for sample in samples]
+        ends = torch.tensor([0, *(len(row) for row in ids)]).cumsum(0)
+        labels = torch.cat([sample["labels"] for sample in samples])
+        # Row i predicts label i + 1: none may predict the first token of the next sample.
+        labels[ends[:-1]] = IGNORE_INDEX
+        return {
+            "input_ids": torch.cat(ids)[None],
+            # Without one, transformers would make a dense mask of the positions.
+            "attention_mask": torch.ones(1, len(labels), dtype=torch.int64),
+            "labels": labels[None],
+            "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
+            "cu_seqlens": ends.to(torch.int32),
+            **{name: torch.cat(rows)[None] for name, rows in _extras(samples).items()},
+            **_images(samples),
+            "sample_ids": [sample["source"] for sample in samples],
+        }
 
     def _pad(self, rows: list[Tensor], length: int, value: int) -> Tensor:
         out = rows[0].new_full((len(rows), length), value)
@@ -96,6 +123,41 @@ class VisionTextCollator:
             at = 0 if self.padding_side == "right" else length - len(row)
             out[n, at : at + len(row)] = row
         return out
+
+
+def check_packable_samples(samples: Sequence[dict[str, Any]]) -> None:
+    """Refuse encoded samples that cannot stand in a packed row.
+
+    Raises:
+        ValueError: none at all, a pair of answers, or a sample with segments.
+    """
+    if not samples:
+        raise ValueError("samples: expected at least one, got none")
+    for sample in samples:
+        if "rejected" in sample or "segment_ids" in sample:
+            kind = "a pair of answers" if "rejected" in sample else "split into independent turns"
+            raise ValueError(
+                f"packing: expected samples of one conversation each; got {sample['source']}, "
+                f"which is {kind}. Leave packing out, or encode dialogues (turns='dialogue')."
+            )
+
+
+def _extras(samples: Sequence[dict[str, Any]]) -> dict[str, list[Tensor]]:
+    """The processor's other per-token tensors by name, of every sample; 0 where it has none."""
+    names = sorted({name for sample in samples for name in sample.get("extras", {})})
+    return {
+        name: [s.get("extras", {}).get(name, torch.zeros_like(s["input_ids"])) for s in samples]
+        for name in names
+    }
+
+
+def _images(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The image tensors of all samples by name."""
+    names = sorted({name for sample in samples for name in sample["images"]})
+    return {
+        name: _concatenate([s["images"][name] for s in samples if name in s["images"]])
+        for name in names
+    }
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:

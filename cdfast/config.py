@@ -237,6 +237,19 @@ class Recipe:
     )
     on_error: str = _option("raise", "Broken record or image: raise, or skip and count.")
     max_pixels: int = _option(67_108_864, "Largest image that is decoded, in pixels.", at_least=1)
+    packing: bool = _option(
+        False,
+        "Several samples in one row without padding; a row is one process's forward pass and holds "
+        "at most batch_size x pack_tokens tokens.",
+    )
+    pack_tokens: int | None = _option(
+        None, "With packing: see there; default: max_length.", at_least=1
+    )
+    share_images: bool = _option(
+        False,
+        "Records that show the same image are one sample: the image is seen once, and their "
+        "conversations do not see each other.",
+    )
     workers: int = _option(1, "Data loader processes per rank.", at_least=0)
 
     preset: str = _option("paper", "Alignment preset: paper or official.")
@@ -376,6 +389,8 @@ class Recipe:
         if not self.stages:
             raise ConfigError("stages: expected at least one; got none. Name them in the recipe.")
         self._check_embedded()
+        self._check_packing()
+        self._check_shared_images()
         for number, stage in enumerate(self.stages, 1):
             if stage.needs_teacher and not self.teacher:
                 used = [name for name in TEACHER_WEIGHTS if getattr(stage, name)]
@@ -409,6 +424,54 @@ class Recipe:
                 "miniature: expected teacher, student, data and evaluate of one set of scenes, "
                 f"because another set has other words; got {parts}. Name one set everywhere."
             )
+
+    def _check_packing(self) -> None:
+        """Refuse data and stages that cannot be packed, and rows too short for a sample."""
+        if not self.packing:
+            if self.pack_tokens is not None:
+                raise ConfigError(
+                    f"pack_tokens: expected none, because packing is off; got {self.pack_tokens}. "
+                    "Give --packing true, or leave --pack-tokens out."
+                )
+            return
+        if self.turns != "dialogue":
+            raise ConfigError(
+                f"packing: expected turns 'dialogue', because a row's samples have no segments; "
+                f"got {self.turns!r}. Give --turns dialogue, or --packing false."
+            )
+        for number, stage in enumerate(self.stages, 1):
+            where = f"stage {number} ({stage.stage})"
+            embedded = [name for name in stage.data or self.data if name in EMBEDDED_SCENES]
+            if stage.pairs or embedded:
+                got = "pairs of answers" if stage.pairs else f"{embedded[0]!r}, split into turns"
+                raise ConfigError(
+                    f"packing: {where}: expected samples of one conversation; got {got}. Give "
+                    "--packing false."
+                )
+            capacity = stage.batch_size * (self.pack_tokens or self.max_length)
+            if capacity < self.max_length:
+                raise ConfigError(
+                    f"pack_tokens: {where}: expected rows of at least max_length = "
+                    f"{self.max_length} tokens; got batch_size {stage.batch_size} x pack_tokens "
+                    f"{self.pack_tokens}. Raise --pack-tokens, or lower --max-length."
+                )
+
+    def _check_shared_images(self) -> None:
+        if not self.share_images:
+            return
+        if self.packing:
+            raise ConfigError(
+                "share_images: expected packing false, because samples of a packed row have no "
+                "segments; got both. Choose the one that saves more tokens, see docs/packing.md."
+            )
+        for number, stage in enumerate(self.stages, 1):
+            embedded = [name for name in stage.data or self.data if name in EMBEDDED_SCENES]
+            if stage.pairs or embedded:
+                got = "pairs of answers" if stage.pairs else f"{embedded[0]!r}, where no two do"
+                raise ConfigError(
+                    f"share_images: stage {number} ({stage.stage}): expected files of records, "
+                    f"some of which show the same image; got {got}. Give --share-images false."
+                )
 
 
 def _unknown(what: str, got: str, known: Sequence[Any]) -> str:

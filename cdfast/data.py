@@ -27,6 +27,7 @@ from cdfast.encoding import (
     encode,
 )
 from cdfast.images import MAX_PIXELS, DataError, ImageFile, check_image, load_image
+from cdfast.lengths import measure
 from cdfast.pairs import check_pair, check_pair_answers, encode_pair
 from cdfast.records import RecordFile
 
@@ -128,6 +129,8 @@ class VisionTextDataset(Dataset):
         self.on_error = on_error
         self.max_pixels = max_pixels
         self.pairs = pairs
+        self.max_length, self.turns = max_length, turns
+        self._lengths: np.ndarray | None = None  # every stage of a run asks for them
         self._encoding: dict[str, Any] = {
             "max_length": max_length,
             "turns": turns,
@@ -235,6 +238,24 @@ class VisionTextDataset(Dataset):
             f"read: {error.reason}", f"the next good record is used in place of one: {error}"
         )
 
+    def together(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return samples that show the same images encoded as one: see `encode`, `others`.
+
+        Raises:
+            DataError: with on_error="raise", they cannot be used.
+        """
+        first, *others = indices
+        if others and not self._replaced[list(indices)].any():
+            samples = [self.sample(index) for index in others]
+            try:
+                return encode(self.processor, self.sample(first), others=samples, **self._encoding)
+            except DataError as error:
+                if self.on_error == "raise":
+                    raise
+                for index in indices:
+                    self._note(index, error)
+        return self[first]
+
     @property
     def skipped(self) -> Counter[str]:
         """Records left out or replaced so far, by reason (in all loader workers)."""
@@ -271,6 +292,29 @@ class VisionTextDataset(Dataset):
         """
         f, r = self._index[range(len(self))[index]]
         return self.files[f].sample(int(r), self._layouts[f], pairs=self.pairs)
+
+    def lengths(self) -> np.ndarray:
+        """int64 (len,) tokens of each sample, without decoding images; see `lengths.measure`.
+
+        Raises:
+            ValueError: samples are pairs, or split into turns.
+            DataError: with on_error="raise", a record that cannot be measured.
+        """
+        if self.pairs or self.turns != "dialogue":
+            kind = "pairs of answers" if self.pairs else f"turns={self.turns!r}"
+            raise ValueError(
+                f"packing: expected samples of one conversation each; got {kind}. Leave packing "
+                "out, or encode dialogues (turns='dialogue')."
+            )
+        if self._lengths is None:
+            self._lengths = measure(
+                self.processor,
+                self.sample,
+                len(self),
+                max_length=self.max_length,
+                on_error=self.on_error,
+            )
+        return self._lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return an encoded sample: see `encode` and `pairs.encode_pair`.

@@ -109,9 +109,9 @@ class StudentTask:
 
 
 def loss_rows(rows: str, labels: Tensor, layout: VisualLayout) -> Tensor:
-    """(B, N) bool: the rows that are called answer, unshifted or visual."""
+    """(B, N) bool, of a packed batch (1, total): the rows called answer, unshifted or visual."""
     if rows == "visual":
-        return layout.visual
+        return layout.visual_mask.view_as(labels)
     return unshifted_rows(labels) if rows == "unshifted" else answer_rows(labels)
 
 
@@ -230,7 +230,7 @@ def _teacher_logit_losses(
     if "relation" in losses.used:
         shared = min(len(weight), len(teacher_weight))
         sums["relation"] = relation_loss_sum(
-            hidden[task.layout.visual],
+            hidden[loss_rows("visual", task.labels, task.layout)],
             _gram("student", weight, shared, task.grams),
             teacher.hidden["visual"],
             _gram("teacher", teacher_weight, shared, task.grams),

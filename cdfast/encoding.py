@@ -8,6 +8,7 @@ piece between placeholders.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _begins_with_bos(tokenizer: Any, text: str) -> bool:
+def begins_with_bos(tokenizer: Any, text: str) -> bool:
+    """Whether a rendered text has its own BOS token, so that the tokenizer must add none."""
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
@@ -134,7 +136,7 @@ def _tokenize(
     tokenizer = template.tokenizer
     batch = tokenizer(
         texts,
-        add_special_tokens=not _begins_with_bos(tokenizer, texts[0]),
+        add_special_tokens=not begins_with_bos(tokenizer, texts[0]),
         return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -214,13 +216,13 @@ def _find(
         start = begin + 1
 
 
-def _process(
+def process(
     processor: Any, template: ChatTemplate, text: str, images: list, source: str
 ) -> tuple[list[int], dict, dict]:
     """Run the processor once: expanded ids, per-token extras (N,), image tensors."""
     options: dict[str, Any] = {
         "text": [text],
-        "add_special_tokens": not _begins_with_bos(template.tokenizer, text),
+        "add_special_tokens": not begins_with_bos(template.tokenizer, text),
         "return_tensors": "pt",
     }
     if processor is not template.tokenizer:
@@ -275,12 +277,21 @@ def single_turns(sample: Sample) -> list[list[dict]]:
     return [[*system, *turn] for turn in [first, *later]]
 
 
+def conversations_of(sample: Sample, turns: str) -> list[list[dict]]:
+    """What of a sample sees itself alone: with turns="independent" every turn, else all of it."""
+    return single_turns(sample) if turns == "independent" else [sample.messages]
+
+
 def _encode_independent(
-    processor: Any, template: ChatTemplate, sample: Sample, images: list
+    processor: Any,
+    template: ChatTemplate,
+    conversations: list[list[dict]],
+    images: list,
+    source: str,
 ) -> tuple[list[int], list[int], dict, dict, int, list[int]]:
-    rendered = [template.answers(turn, sample.source) for turn in single_turns(sample)]
+    rendered = [template.answers(messages, source) for messages in conversations]
     texts, spans = [text for text, _ in rendered], [span for _, span in rendered]
-    expanded, extras, tensors = _process(processor, template, texts[0], images, sample.source)
+    expanded, extras, tensors = process(processor, template, texts[0], images, source)
     turns = _tokenize(template, texts, spans)
     # The images stand in front, so every turn's text begins with the same tokens.
     starts = [_behind_last(ids, template.image_id) if images else 0 for ids, _ in turns]
@@ -288,15 +299,13 @@ def _encode_independent(
     for n, ((ids, _), start) in enumerate(zip(turns, starts)):
         if ids[:start] != shared:
             raise DataError(
-                source=f"{sample.source}, turn {n}",
+                source=f"{source}, turn {n}",
                 field="messages",
                 expected="the same tokens up to the last image in every turn (turns='independent')",
                 got="other tokens",
                 remedy="put the image in front of the text, or use turns='dialogue'",
             )
-    _, prefix = _carry_over(
-        *turns[0], expanded, template.image_id if images else None, sample.source
-    )
+    _, prefix = _carry_over(*turns[0], expanded, template.image_id if images else None, source)
     ids, labels, segments = expanded[:prefix], [IGNORE_INDEX] * prefix, [0] * prefix
     for n, ((turn, turn_labels), start) in enumerate(zip(turns, starts)):
         ids = ids + turn[start:]
@@ -329,6 +338,7 @@ def encode(
     max_length: int | None = None,
     turns: str = "dialogue",
     max_pixels: int | None = MAX_PIXELS,
+    others: Sequence[Sample] = (),
 ) -> dict[str, Any]:
     """Encode one sample with the model's own processor and chat template.
 
@@ -336,7 +346,8 @@ def encode(
     turns="independent" each question and answer is a conversation of its own over the same images:
     the ids are the shared prefix (all up to the last image token) followed by every turn's own
     tokens, `segment_ids` are 0 for the prefix and 1..T for the turns, and `position_ids` start
-    again behind the prefix, so that a turn sees what it would see alone.
+    again behind the prefix, so that a turn sees what it would see alone. With `others` every
+    conversation (of independent turns: every turn) of all these samples is such a segment.
 
     Args:
         processor: a Hugging Face processor with a fast tokenizer (or the tokenizer, for text only).
@@ -344,32 +355,37 @@ def encode(
         max_length: the most tokens to keep; the end is cut, never the image tokens.
         turns: "dialogue" or "independent".
         max_pixels: the largest image, checked before it is decoded; None is no limit.
+        others: further samples with the same text up to the last image, and the same images, which
+            are taken from `sample`.
 
     Returns:
         `input_ids` (N,) and `labels` (N,), int64, not shifted: the token id on answer tokens and
         their end-of-turn token, else -100; `images`: the processor's image tensors ({} without
         images); `extras`: the processor's other per-token tensors, each (N,); `source`; `truncated`
-        (bool); and for independent turns `segment_ids` and `position_ids`, each (N,).
+        (bool); and for independent turns, or with others, `segment_ids` and `position_ids`, each
+        (N,).
 
     Raises:
         DataError: a message, image or template that cannot be used, or nothing left to learn from
             within max_length.
         ValueError: `turns` is not one of the two.
     """
-    check_sample(processor, sample, turns=turns)
+    for one in (sample, *others):
+        check_sample(processor, one, turns=turns)
     template = chat_template(processor)
     images = [
         load_image(image, sample.source, field=f"images[{n}]", max_pixels=max_pixels)
         for n, image in enumerate(sample.images)
     ]
     segments: list[int] = []
-    if turns == "independent":
+    if turns == "independent" or others:
+        conversations = [c for one in (sample, *others) for c in conversations_of(one, turns)]
         ids, labels, extras, tensors, prefix, segments = _encode_independent(
-            processor, template, sample, images
+            processor, template, conversations, images, sample.source
         )
     else:
         text, spans = template.answers(sample.messages, sample.source)
-        ids, extras, tensors = _process(processor, template, text, images, sample.source)
+        ids, extras, tensors = process(processor, template, text, images, sample.source)
         [unexpanded] = _tokenize(template, [text], [spans])
         image_id = template.image_id if images else None
         labels, prefix = _carry_over(*unexpanded, ids, image_id, sample.source)

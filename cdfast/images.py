@@ -256,6 +256,26 @@ def check_image(
         _check_size(opened.size, name, source, field, max_pixels)
 
 
+def image_size(image: Any, source: str, *, field: str = "image") -> tuple[int, int]:
+    """Return (width, height) of the upright image by its header, without decoding it.
+
+    Args:
+        image, source, field: as for `check_image`.
+
+    Raises:
+        DataError: as `load_image`, except for size and for damage behind the header.
+    """
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    if isinstance(image, Image.Image):
+        return image.size
+    opened, _ = _opened(image, source, field)
+    with opened:
+        width, height = opened.size
+        # Orientations from 5 on lie on their side.
+        return (height, width) if (_orientation(opened) or 1) >= 5 else (width, height)
+
+
 def _check_size(
     size: tuple[int, int], name: str, source: str, field: str, max_pixels: int | None
 ) -> None:

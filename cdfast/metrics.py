@@ -40,7 +40,10 @@ THROUGHPUT_FIELDS = (
     *(f"time_{phase}" for phase in PHASES),
 )
 # Too many for a line of progress; log_history, trackers and results.json have all of them.
-_NOT_PRINTED = tuple(n for n in THROUGHPUT_FIELDS if n not in ("tokens_per_second", "mfu"))
+_NOT_PRINTED = (
+    "row_fill",  # of packed rows; said at the start
+    *(n for n in THROUGHPUT_FIELDS if n not in ("tokens_per_second", "mfu")),
+)
 
 
 class Throughput:

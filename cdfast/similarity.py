@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from cdfast.attention import AlignmentContext
 
 # Keys of a batch that are for the aligner and the trainer, not for a model's forward.
-_NOT_FOR_MODEL = ("segment_ids", "layout", "sample_ids", "pairs")
+_NOT_FOR_MODEL = ("segment_ids", "cu_seqlens", "layout", "sample_ids", "pairs")
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -49,11 +49,12 @@ def visual_maps(
 
 
 def similarity_rows(layout: VisualLayout, rows: str = "all") -> Tensor:
-    """(B, N) bool: rows that see a visual key; with rows="text" only those of text tokens."""
+    """(samples, length) bool, the batch view of a layout: rows that see a visual key; with
+    rows="text" only those of text tokens."""
     if rows not in ("all", "text"):
         raise ValueError(f"rows: expected 'all' or 'text'; got {rows!r}.")
-    sees = (layout.dense_mask() & layout.visual_mask[:, None, :]).any(-1)
-    return sees if rows == "all" else sees & ~layout.visual_mask
+    sees = (layout.visible() & layout.visual[:, None, :]).any(-1)
+    return sees if rows == "all" else sees & ~layout.visual
 
 
 def map_similarity(a: VisualMap, b: VisualMap, rows: Tensor) -> Tensor:
@@ -61,16 +62,12 @@ def map_similarity(a: VisualMap, b: VisualMap, rows: Tensor) -> Tensor:
 
     Args:
         a, b: maps of the same layout.
-        rows: (B, N) bool, the rows to average over.
+        rows: (samples, length) bool, the rows to average over.
 
     Returns:
         Scalar float32; NaN if there is no row.
     """
-    dense_a, dense_b = a.to_dense(), b.to_dense()
-    # Packed maps are lists, and have no (B, N) rows.
-    assert isinstance(dense_a, Tensor)
-    assert isinstance(dense_b, Tensor)
-    x, y = dense_a.float()[rows], dense_b.float()[rows]
+    x, y = (m.to_batch(torch.float32)[rows] for m in (a, b))
     norm = x.norm(dim=-1) * y.norm(dim=-1)
     cosine = torch.where(norm > 0, (x * y).sum(-1) / norm.clamp_min(1e-30), 1.0)
     return cosine.mean()

@@ -37,6 +37,7 @@ from cdfast.engine import full_state_dict, release_engine
 from cdfast.export import write_student
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import check_models, load_config, load_model, teacher_source
+from cdfast.packing import describe_rows
 from cdfast.probes import Probe, matched_layers, probe_questions, samples_with_image
 from cdfast.storage import staged_folder, together, write_text
 from cdfast.terms import WEIGHTS, weighted_terms
@@ -205,7 +206,19 @@ def stage_dataset(run: Run, number: int) -> Any:
             **mix,
         )
         return _encoded_scenes(scenes, run.processor, stage.pairs)
-    return _opened(run, data, stage.image_root or recipe.image_root, stage.pairs)
+    opened = _opened(run, data, stage.image_root or recipe.image_root, stage.pairs)
+    return _with_shared_images(run, opened) if recipe.share_images else opened
+
+
+def _with_shared_images(run: Run, opened: Any) -> Any:
+    """The samples of files, in which records that show the same image are one; made once."""
+    from cdfast.shared_images import SharedImages
+
+    key = id(opened)
+    if key not in run.datasets:
+        run.datasets[key] = SharedImages(opened)
+        run.say(run.datasets[key].describe())
+    return run.datasets[key]
 
 
 def _encoded_scenes(scenes: Any, processor: Any, pairs: bool) -> Any:
@@ -332,8 +345,10 @@ def stage_arguments(run: Run, number: int) -> Any:
                 "teacher_placement",
                 "offload_optimizer",
                 "max_skipped_steps",
+                "packing",
             )
         },
+        "pack_tokens": recipe.pack_tokens or recipe.max_length,
         "keep_alignment": stage.keep_alignment,
         f"{prefix}_checkpointing": stage.gradient_checkpointing,
         **given,
@@ -419,6 +434,11 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     run.say(f"stage {number} of {of} ({stage.stage}): " + _describe(student, stage, matches))
     if probe:
         run.say(f"  in evaluations: {probe.describe(trainer)}")
+    packing = None
+    if arguments.packing:
+        with user_errors():
+            packing = trainer.packed_rows.summary()
+        run.say(f"  {describe_rows(packing)}")
     start = time.monotonic()
     output = trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - start
@@ -437,6 +457,8 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         "skipped": dict(skipped) if skipped else {},
         "skipped_records": data.skipped_records() if skipped else {},
         "skipped_steps": trainer.nonfinite.total,
+        **({"packing": packing} if packing else {}),
+        **({"shared_images": data.summary()} if run.recipe.share_images else {}),
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         **(_evaluations(trainer) if probe else {}),
     }

@@ -3,6 +3,7 @@ another sum of the terms in terms.py."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
 from cdfast.aligner import VisualAttentionAligner, build_layout, image_token_id
@@ -22,6 +24,7 @@ from cdfast.losses import answer_rows
 from cdfast.metrics import Throughput, ThroughputCallback, shorten_progress
 from cdfast.nonfinite import LOG_KEY, NonFiniteSteps
 from cdfast.optim import muon_with_adamw
+from cdfast.packing import PackedRows, check_packable, row_loader, sample_lengths, sample_name
 from cdfast.preference import kto_pair_sum, larger_reward_sum, reference_kl
 from cdfast.probes import undisturbed
 from cdfast.resumable import ResumableTrainer
@@ -132,6 +135,8 @@ class DistillationTrainer(ResumableTrainer):
             )
         student = unwrap_model(model)
         use_cdfast_attention(student)
+        if args.packing:
+            _check_packing(data_collator, student, teacher)
         if teacher is not None:
             teacher_model = unwrap_model(teacher)
             teacher_model.requires_grad_(False).eval()
@@ -188,6 +193,8 @@ class DistillationTrainer(ResumableTrainer):
         self._sums_since_log: dict[str, Tensor] = {}
         self._sums_before_step: dict[str, Tensor] = {}
         self._steps_since_log = 0
+        self._packed_rows: PackedRows | None = None
+        self._row_tokens = torch.zeros(2, dtype=torch.int64)  # tokens and rows since the last log
         self._evaluated = torch.zeros(())
 
     # -- loss --------------------------------------------------------------------------------------
@@ -210,6 +217,9 @@ class DistillationTrainer(ResumableTrainer):
         if not batches:
             self.throughput.end_step()
             return batches, None
+        if self.args.packing:
+            tokens = sum(batch["input_ids"].numel() for batch in batches)
+            self._row_tokens += torch.tensor([tokens, len(batches)])
         each = [self._counts(batch) for batch in batches]
         for batch, (lm, kl, *_) in zip(batches, each):
             if "pairs" in batch:  # both models make logits of both answers
@@ -338,6 +348,43 @@ class DistillationTrainer(ResumableTrainer):
         aligner.matches = chosen[0] if chosen else None
         return aligner if chosen else None
 
+    # -- packing -----------------------------------------------------------------------------------
+
+    @property
+    def packed_rows(self) -> PackedRows:
+        """With packing: which samples share a row. Samples are measured when it is first asked for.
+
+        Raises:
+            ValueError: no data set, or one that cannot be packed.
+        """
+        if self._packed_rows is None:
+            assert self.args.pack_tokens is not None
+            data: Any = self.train_dataset
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._packed_rows = PackedRows(
+                sample_lengths(data),
+                self.args.per_device_train_batch_size * self.args.pack_tokens,
+                seed=seed,
+                processes=self.args.world_size,
+                names=functools.partial(sample_name, data),
+            )
+        return self._packed_rows
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, or with packing a loader of rows, which go to the ranks in turn."""
+        if not self.args.packing:
+            return super().get_train_dataloader()
+        collator: Any = self.data_collator
+        pack = LayoutCollator(collator.collator.pack, collator.token_id)
+        data: Any = self.train_dataset
+        return self.accelerator.prepare(row_loader(data, self.packed_rows, pack, self.args))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.packing:
+            # Behind a loader that skips batches neither Trainer nor accelerate finds the sampler.
+            self.packed_rows.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
+
     # -- what users of Trainer see -----------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -387,6 +434,11 @@ class DistillationTrainer(ResumableTrainer):
             self._sums_since_log = {}
             self._steps_since_log = self.nonfinite.since_log = 0
             logs |= self.throughput.read(self.accelerator.gather)
+            if self.args.packing:
+                own = self._row_tokens[None].to(self.args.device)
+                tokens, rows = self.accelerator.gather(own).view(-1, 2).sum(0).tolist()
+                self._row_tokens = torch.zeros(2, dtype=torch.int64)
+                logs["row_fill"] = tokens / max(rows * self.packed_rows.capacity, 1)
         if any(name.endswith("_probe_seconds") for name in logs):
             # Trainer's rates would count the probe's time.
             for name in [n for n in logs if n.endswith(("samples_per_second", "steps_per_second"))]:
@@ -454,6 +506,17 @@ class DistillationTrainer(ResumableTrainer):
             super()._load_best_model()
         if best and not sharded and model is not None:
             load_hidden_projector(unwrap_model(model), Path(best))
+
+
+def _check_packing(collator: Any, student: PreTrainedModel, teacher: nn.Module | None) -> None:
+    if not hasattr(collator, "pack"):
+        raise ValueError(
+            "data_collator: expected one with a method `pack`, because packing is on; got "
+            f"{type(collator).__name__}. Use cdfast.collator.VisionTextCollator."
+        )
+    for model in (student, teacher):
+        if model is not None:
+            check_packable(unwrap_model(model))
 
 
 def _logged(name: str) -> str:

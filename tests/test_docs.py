@@ -161,6 +161,19 @@ def test_maps_examples_run(tmp_path, monkeypatch):
         assert max(Image.open(tmp_path / name).size) >= 448
 
 
+def test_packing_example_runs():
+    from cdfast import VisualAttentionAligner
+    from tests.cdfast.samples import TinySamples
+    from tests.cdfast.tiny_models import tiny_llava, tiny_teacher
+
+    samples = [TinySamples(5)[i] for i in range(5)]
+    aligner = VisualAttentionAligner(tiny_teacher(), tiny_llava())
+    namespace = {"samples": samples, "aligner": aligner, "torch": torch}
+    exec(blocks("python", "docs/packing.md")[0], namespace)
+    namespace["loss"].backward()
+    assert namespace["alignment"].count == 4
+
+
 @pytest.mark.parametrize("command", commands_with("cdfast.analyze"))
 def test_analyze_commands_run(command, tmp_path, monkeypatch, capsys):
     """As written, on small models and few questions."""

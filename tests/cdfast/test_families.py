@@ -22,6 +22,9 @@ from cdfast.attention import _BIDIRECTIONAL_IMAGES, ATTENTION_NAME
 from cdfast.config import load_recipe
 from cdfast.data import Sample, VisionTextCollator, encode
 from cdfast.distill import LossOptions, StudentTask, TeacherTask, add_task
+from cdfast.lengths import measure
+from cdfast.packing import FAMILIES as PACKED
+from cdfast.packing import check_packable
 from cdfast.stages import with_lora
 from cdfast.train import main
 from tests.cdfast import photo_setup
@@ -50,16 +53,18 @@ def samples():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    """Models, the batch, what eager attention gives for it, aligners, the batch padded left."""
+    """Models, the batch, what eager attention gives for it, aligners, other forms of the batch."""
     make = FAMILIES[request.param]
     teacher, processor = make(**TEACHER)
     student, _ = make(**STUDENT)
     teacher.requires_grad_(False)
     encoded = [encode(processor, sample) for sample in samples()]
-    batch, left = (VisionTextCollator(0, side)(encoded) for side in ("right", "left"))
+    forms = {side: VisionTextCollator(0, side)(encoded) for side in ("right", "left")}
+    forms["packed"] = VisionTextCollator(0).pack(encoded)
+    batch = forms["right"]
     assert batch["attention_mask"].min() == 0  # padded
-    for padded in (batch, left):
-        padded.pop("sample_ids")
+    for form in forms.values():
+        form.pop("sample_ids")
     for model in (teacher, student):
         model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -71,7 +76,7 @@ def family(request):
         for preset in ("paper", "official")
     }
     assert student.config.vision_config._attn_implementation == own != ATTENTION_NAME
-    return teacher, student, batch, want_teacher, want, aligners, left
+    return teacher, student, batch, want_teacher, want, aligners, forms
 
 
 def eager_alignment(family, preset):
@@ -135,16 +140,31 @@ def test_loss_and_gradients_equal_eager(family, preset):
     assert relative_error(got, want_gradients) <= TOLERANCE
 
 
-def test_the_side_of_the_padding_does_not_matter(family):
-    _, _, right, _, _, aligners, left = family
-    assert not torch.equal(left["input_ids"], right["input_ids"])
-    sums = []
-    for batch in (right, left):
+@pytest.mark.parametrize("form", ["left", "packed"])
+def test_the_form_of_the_batch_does_not_matter(family, form):
+    _, student, right, _, _, aligners, forms = family
+    assert not torch.equal(forms[form]["input_ids"], right["input_ids"])
+    if form == "packed" and student.config.model_type not in PACKED:
+        with pytest.raises(ValueError, match=f"packing: .*got '{student.config.model_type}'"):
+            check_packable(student)
+        return
+    found = []
+    for batch in (right, forms[form]):
         with torch.no_grad():
             _, targets = aligners["paper"].teacher_forward(**batch)
-            out, alignment = aligners["paper"].student_forward(targets, **batch)
-        sums.append([out.loss.item(), alignment.sum.item()])
-    assert sums[1] == pytest.approx(sums[0], rel=TOLERANCE)
+        out, alignment = aligners["paper"].student_forward(targets, **batch)
+        sums = [out.loss.item(), alignment.sum.item()]
+        found.append((sums, gradients_of(student, out.loss + WEIGHT * alignment.sum)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=TOLERANCE)
+    assert relative_error(found[1][1], found[0][1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lengths_are_known_without_decoding(name):
+    """Pictures of several sizes: as many visual tokens as of a blank picture of the size."""
+    _, processor = FAMILIES[name](layers=1)
+    want = [len(encode(processor, sample)["input_ids"]) for sample in samples()]
+    assert measure(processor, samples().__getitem__, 3).tolist() == want
 
 
 def test_the_distillation_step_equals_eager(family):

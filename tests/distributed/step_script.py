@@ -69,6 +69,13 @@ CASES = {
         "order": TEXT_ONLY_SECOND,
         "options": {**SYSTEMS, "hidden_objective": "mse", "gradient_checkpointing": True},
     },
+    # Six rows of about two samples: the second step has half as many as the first and the third.
+    "packing": {
+        "batch": 1,
+        "accumulation": 2,
+        "order": TEXT_ONLY_SECOND,
+        "options": {"packing": True, "pack_tokens": 50},
+    },
     # On pairs of answers; KL is a mean over the pairs of all ranks.
     "preference": {"batch": 2, "order": TEXT_ONLY_SECOND, "pairs": True, "options": PREFERENCE},
 }
@@ -137,7 +144,8 @@ def run_case(case, folder, processes, setup="ddp"):
     chosen = CASES[case]
     batch, accumulation = chosen["batch"], chosen.get("accumulation", 1)
     if processes == 1:
-        batch, accumulation = GLOBAL_BATCH, 1
+        one = chosen.get("options", {}).get("packing")  # as many rows, one after another
+        batch, accumulation = (1, GLOBAL_BATCH) if one else (GLOBAL_BATCH, 1)
     assert processes * batch * accumulation == GLOBAL_BATCH
     samples = (TinyPairs if chosen.get("pairs") else TinySamples)(16)
     order = chosen.get("order", range(GLOBAL_BATCH * STEPS))
