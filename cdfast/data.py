@@ -319,10 +319,15 @@ class MessagesDataset(VisionTextDataset):
     layout = "messages"
 
 
+def shown_names(paths: Sequence[str | Path]) -> list[str]:
+    """What errors call each file: its name, or its path where two have the same name."""
+    names = [Path(path).name for path in paths]
+    return [n if names.count(n) == 1 else str(path) for n, path in zip(names, paths)]
+
+
 def _open_files(paths: list, image_roots: Roots) -> list[RecordFile]:
     if not paths:
         raise ValueError("paths: expected at least one file, got none")
-    names = [Path(path).name for path in paths]
     files = []
     if isinstance(image_roots, Mapping):
         by_file = {Path(file): _listed(roots) for file, roots in image_roots.items()}
@@ -333,12 +338,11 @@ def _open_files(paths: list, image_roots: Roots) -> list[RecordFile]:
             )
     else:
         by_file = {Path(path): _listed(image_roots) for path in paths}
-    for path, name in zip(paths, names):
+    for path, shown in zip(paths, shown_names(paths)):
         roots = by_file.get(Path(path)) or [Path(path).parent]
         for root in roots:
             if not Path(root).is_dir():
                 raise ValueError(f"image_roots: expected folders that exist, got {str(root)!r}")
-        shown = name if names.count(name) == 1 else str(path)
         files.append(RecordFile(path, tuple(str(root) for root in roots), shown))
     return files
 

@@ -1,6 +1,7 @@
 """Code and commands of README and docs/: run if small, parsed and dry-run if they need models."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -101,11 +102,33 @@ def readers_files(tmp_path, monkeypatch):
         idefics3(layers=layers)[0].save_pretrained(f"path/to/{role}-vlm")
 
 
+def write_data(recipe):
+    """The files and folders that a command of the pages names: one record without an image."""
+    from cdfast.config import EMBEDDED_SCENES
+    from tests.cdfast.photo_setup import conversation
+
+    record = {"conversations": conversation([("Who?", "I.")])}
+    for owner in (recipe, *recipe.stages):
+        for folder in owner.image_root or []:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in set(owner.data or []) - set(EMBEDDED_SCENES):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(json.dumps([record]))
+    for name in recipe.eval_data:
+        Path(name).write_text(json.dumps([record]))
+    for folder in recipe.eval_image_root:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
 @pytest.mark.parametrize("command", train_commands())
 def test_train_commands_are_valid(command, readers_files, capsys):
+    from cdfast.command_line import parse_command_line
     from cdfast.train import main
 
-    main([*train_arguments(command), "--dry-run"])
+    arguments = train_arguments(command)
+    recipe, flags = parse_command_line(arguments)
+    write_data(recipe)
+    main(arguments if flags.dry_run else [*arguments, "--dry-run", "--dry-run-samples", "1"])
     printed = capsys.readouterr().out
     assert "stages" in printed
     assert "not ready to run" not in printed or "..." in command
@@ -161,8 +184,6 @@ def test_maps_examples_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", commands_with("cdfast.analyze"))
 def test_analyze_commands_run(command, tmp_path, monkeypatch, capsys):
     """As written, on small models and few questions."""
-    import json
-
     from cdfast.analyze import main
     from cdfast.synthetic import build_miniature_model, make_processor, miniature_configs
     from tests.cdfast.tiny_families import llava, photo
