@@ -229,6 +229,14 @@ class Recipe:
     on_error: str = _option("raise", "Broken record or image: raise, or skip and count.")
     max_pixels: int = _option(67_108_864, "Largest image that is decoded, in pixels.", at_least=1)
     workers: int = _option(1, "Data loader processes per rank.", at_least=0)
+    streaming: bool = _option(
+        False,
+        "Read data from the front instead of looking through it first: .jsonl, .parquet, .tar "
+        "(WebDataset), folders of them or of `datasets`. Needs max_steps.",
+    )
+    shuffle_window: int = _option(
+        1000, "With streaming: records that are shuffled together.", at_least=1
+    )
 
     preset: str = _option("paper", "Alignment preset: paper or official.")
     objective: str | None = _option(None, "row, map, pooled, mse or kl; default: the preset's.")

@@ -67,7 +67,8 @@ Paths = str | Path | Sequence[str | Path]
 Roots = str | Path | Sequence[str | Path] | Mapping[Any, Any] | None
 
 
-def _listed(value: Any) -> list:
+def listed(value: Any) -> list:
+    """One path, or several, as a list."""
     return [value] if isinstance(value, str | Path) else list(value or [])
 
 
@@ -133,7 +134,7 @@ class VisionTextDataset(Dataset):
             "turns": turns,
             "max_pixels": max_pixels,
         }
-        self.files = _open_files(_listed(paths), image_roots)
+        self.files = _open_files(listed(paths), image_roots)
         self._layouts = [self.layout or file.layout() for file in self.files]
         self._dropped: Counter[str] = Counter()
         self._dropped_names: dict[str, list[str]] = {}
@@ -330,14 +331,14 @@ def _open_files(paths: list, image_roots: Roots) -> list[RecordFile]:
         raise ValueError("paths: expected at least one file, got none")
     files = []
     if isinstance(image_roots, Mapping):
-        by_file = {Path(file): _listed(roots) for file, roots in image_roots.items()}
+        by_file = {Path(file): listed(roots) for file, roots in image_roots.items()}
         unknown = set(by_file) - {Path(path) for path in paths}
         if unknown:
             raise ValueError(
                 f"image_roots: expected files of paths as keys, got {sorted(map(str, unknown))}"
             )
     else:
-        by_file = {Path(path): _listed(image_roots) for path in paths}
+        by_file = {Path(path): listed(image_roots) for path in paths}
     for path, shown in zip(paths, shown_names(paths)):
         roots = by_file.get(Path(path)) or [Path(path).parent]
         for root in roots:
