@@ -73,6 +73,10 @@ def _numbers(results: Sequence[Result]) -> Table:
     return table
 
 
+def _records(result: Result) -> str:
+    return "streamed" if result["records"] is None else f"{result['records']:,}"
+
+
 def _checked(result: Result) -> str:
     if not result["complete"]:
         return f"{result['checked']:,}, then stopped"
@@ -110,7 +114,7 @@ def _images(result: Result) -> str:
 
 
 _ROWS: dict[str, Callable[[Result], str]] = {
-    "records": lambda r: f"{r['records']:,}" + (" pairs" if r["pairs"] else ""),
+    "records": lambda r: _records(r) + (" pairs" if r["pairs"] else ""),
     "looked at": _checked,
     "usable": lambda r: _share(r["usable"], r["checked"]),
     "broken": lambda r: _share(r["checked"] - r["usable"], r["checked"]),

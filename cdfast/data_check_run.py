@@ -23,6 +23,7 @@ from cdfast.data_check import (
     DataCheck,
     FileSamples,
     Options,
+    StreamSamples,
     check_masks,
     evenly_spaced,
     findings,
@@ -34,6 +35,8 @@ from cdfast.stages import Run, stage_dataset, user_errors, uses_scenes, write_js
 
 # Scenes that are generated cannot be broken: a few show lengths and answers.
 GENERATED = 64
+# Of a stream, which may have no end, its beginning: records of all its files together.
+STREAMED = 2000
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class DataSet:
         roots: image roots.
         options: how it is encoded.
         stage: the number of its first stage where it is generated, else 0.
+        streamed: read from the front by the run.
     """
 
     used_by: list[str]
@@ -53,6 +57,7 @@ class DataSet:
     roots: list[str]
     options: Options
     stage: int = 0
+    streamed: bool = False
 
 
 @dataclass
@@ -87,7 +92,8 @@ def data_sets(recipe: Recipe) -> list[DataSet]:
             continue
         key = (*names, stage.pairs, *roots)
         if key not in found:
-            found[key] = DataSet([], names, roots, _file_options(recipe, stage.pairs))
+            options = _file_options(recipe, stage.pairs)
+            found[key] = DataSet([], names, roots, options, streamed=recipe.streaming)
         found[key].used_by.append(used_by)
     if recipe.eval_data:
         roots = recipe.eval_image_root or recipe.image_root
@@ -164,20 +170,22 @@ def check_data_set(
         of them were looked at, and why a run would stop.
     """
     start = time.monotonic()
-    opened = _opened(recipe, data, processor)
+    opened = _opened(recipe, data, processor, samples)
     wanted = min(GENERATED, samples or GENERATED) if data.stage else samples
-    indices = evenly_spaced(len(opened), wanted)
+    indices = evenly_spaced(len(opened), None if data.streamed else wanted)
     check = DataCheck(data.options, indices, processor)
     _look(opened, check, recipe.workers, _title(data))
     if check.checked == len(indices):
         check_masks(opened, check)
     part = "all" if len(indices) == len(opened) else "evenly spaced"
+    if data.streamed:
+        part = "the first of each file"
     return {
         "data": data.names,
         "used_by": data.used_by,
         "generated": bool(data.stage),
         "pairs": data.options.pairs,
-        "records": len(opened),
+        "records": None if data.streamed else len(opened),
         "selection": part,
         **check.summary(),
         "stops": check.stops(opened.faults),
@@ -191,10 +199,13 @@ def _title(data: DataSet) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _opened(recipe: Recipe, data: DataSet, processor: Any) -> Any:
+def _opened(recipe: Recipe, data: DataSet, processor: Any, samples: int | None) -> Any:
     if not data.stage:
+        given = (data.names, data.roots, data.options.pairs)
         with Console(stderr=True).status(f"Reading {_title(data)}"):
-            return FileSamples(data.names, data.roots, data.options.pairs)
+            if data.streamed:
+                return StreamSamples(*given, STREAMED if samples is None else samples)
+            return FileSamples(*given)
     with user_errors():
         run = Run(recipe, Path("unused"), processor, PartialState(cpu=True))
         return _Scenes(stage_dataset(run, data.stage))

@@ -296,3 +296,20 @@ def test_an_interrupt_keeps_what_was_found(folder, monkeypatch):
     assert result["checked"] == 2
     assert not result["complete"]
     assert "2, then stopped" in printed
+
+
+def test_of_a_stream_the_first_of_each_file_are_looked_at(folder, monkeypatch):
+    (folder / "shards").mkdir()
+    for n, count in enumerate((5, 1, 4)):
+        made = [record(f"{n} {k}") for k in range(count)]
+        lines = "".join(json.dumps(one) + "\n" for one in made)
+        (folder / "shards" / f"{n}.jsonl").write_text(lines)
+    (folder / "shards" / "3.tar").write_text("no tar")
+    data, roots = [str(folder / "shards")], [str(folder)]
+    given = {"data": data, "image_root": roots, "streaming": True}
+    fits, printed, content = run(folder, monkeypatch, [], samples=12, **given)
+    [result] = content["data_sets"]
+    assert (result["checked"], result["usable"], result["records"]) == (7, 7, None)
+    assert "7, the first of each file" in printed
+    assert not fits
+    assert "3.tar: file: expected a readable file" in printed
