@@ -400,6 +400,8 @@ def findings(samples: Any, check: DataCheck, workers: int) -> Iterator[Finding]:
         workers: processes that decode; 0: this one.
     """
     looked = _Findings(samples, check.indices, check.processor, check.options)
+    # More processes than hand-overs would have nothing to do.
+    workers = min(workers, -(-len(looked) // _AT_ONCE))
     loader: Any = DataLoader(looked, batch_size=_AT_ONCE, num_workers=workers, collate_fn=list)
     for several in loader:
         yield from several

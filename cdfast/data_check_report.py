@@ -50,6 +50,8 @@ def print_data(content: Mapping[str, Any], console: Console) -> None:
                 f"[bold red]the run would stop:[/] {escape(_name(result))}: "
                 f"{escape(printable(reason))}"
             )
+    if not results[-1]["complete"]:
+        console.print("the check was stopped before its end", markup=False)
     if content["would_run"]:
         console.print("data: the run would not stop on what was checked", markup=False)
 

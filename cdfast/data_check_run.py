@@ -117,7 +117,7 @@ def check_recipe_data(
         path: a JSON file that is written after each data set.
 
     Returns:
-        Whether a run would go through the data.
+        Whether all was looked at, and a run would go through it.
 
     Raises:
         ConfigError: `path` cannot be written.
@@ -130,7 +130,7 @@ def check_recipe_data(
     for data in found:
         result = check_data_set(recipe, data, processor, samples)
         content["data_sets"].append(result)
-        content["would_run"] = not any(r["stops"] for r in content["data_sets"])
+        content["would_run"] = all(r["complete"] and not r["stops"] for r in content["data_sets"])
         if path is not None:
             _write(path, content)
         if not result["complete"]:

@@ -117,7 +117,8 @@ class ResumableTrainer(Trainer):
             path = folder / ALIGNMENT_FILE
             path.write_text(json.dumps(self.aligner.state_dict(), indent=2) + "\n")
         if self._stream is not None:
-            (folder / STREAM_FILE).write_text(json.dumps(self._stream.order(), indent=2) + "\n")
+            order = json.dumps(self._order(self._stream), indent=2)
+            (folder / STREAM_FILE).write_text(order + "\n")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         write = super()._save_optimizer_and_scheduler
@@ -171,8 +172,11 @@ class ResumableTrainer(Trainer):
             require_same_layout(checkpoint, self.args.zero_stage)
         if checkpoint and self.aligner is not None and (checkpoint / ALIGNMENT_FILE).exists():
             self.aligner.load_state_dict(json.loads((checkpoint / ALIGNMENT_FILE).read_text()))
-        if checkpoint and self._stream is not None:
-            _require_same_order(checkpoint, self._stream)
+        if self._stream is not None:
+            # It begins at its place by itself; Trainer would decode all that comes before.
+            self.args.ignore_data_skip = True
+            if checkpoint:
+                _require_same_order(checkpoint, self._order(self._stream))
         if checkpoint:
             self.args.eval_on_start = False  # the start is in the log of the run that is resumed
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -202,6 +206,10 @@ class ResumableTrainer(Trainer):
         data = self.train_dataset
         return data if isinstance(data, StreamedDataset) else None
 
+    def _order(self, stream: StreamedDataset) -> dict[str, Any]:
+        steps = self.args.gradient_accumulation_steps
+        return {**stream.order(), "gradient_accumulation_steps": steps}
+
     def get_train_dataloader(self) -> Any:
         """As Trainer's; a stream is split over ranks already, and keeps off the global generator.
 
@@ -210,6 +218,18 @@ class ResumableTrainer(Trainer):
         if self._stream is None:
             return super().get_train_dataloader()
         args = self.args
+        made_for = self._stream.made_for()
+        own = {
+            "batch_size": args.per_device_train_batch_size,
+            "workers": args.dataloader_num_workers,
+            "rank": args.process_index,
+            "world_size": args.world_size,
+        }
+        if made_for != own:
+            raise ValueError(
+                f"train_dataset: expected a StreamedDataset made for {own}, which are the "
+                f"trainer's; got one for {made_for}. Make it with these."
+            )
         return DataLoaderShard(
             self._stream,
             device=args.device,
@@ -218,6 +238,7 @@ class ResumableTrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
             generator=torch.Generator(),
         )
 
@@ -226,11 +247,10 @@ class ResumableTrainer(Trainer):
             super()._load_best_model()
 
 
-def _require_same_order(checkpoint: Path, stream: StreamedDataset) -> None:
+def _require_same_order(checkpoint: Path, now: dict[str, Any]) -> None:
     """Refuse to resume a stream whose samples would come in another order."""
     path = checkpoint / STREAM_FILE
     then = json.loads(path.read_text()) if path.exists() else {}
-    now = stream.order()
     for name in now:
         if then.get(name) != now[name]:
             raise CheckpointError(

@@ -379,8 +379,6 @@ def stage_arguments(run: Run, number: int) -> Any:
             )
         },
         "keep_alignment": stage.keep_alignment,
-        # A stream begins at its place by itself; Trainer would decode all that comes before.
-        "ignore_data_skip": recipe.streaming and not uses_scenes(recipe, number),
         f"{prefix}_checkpointing": stage.gradient_checkpointing,
         **given,
     }

@@ -11,7 +11,9 @@ the records that each slot has given out, and passing over them without opening 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import os
 import warnings
@@ -103,15 +105,26 @@ class StreamedDataset(IterableDataset):
         self._counts.share_memory_()
         self._try_first()
 
-    def order(self) -> dict[str, int]:
-        """What the order of samples depends on, beside the files: to be the same on resume."""
+    def made_for(self) -> dict[str, int]:
+        """What its loader and its process are to be."""
         return {
             "batch_size": self.batch_size,
             "workers": self.workers,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+
+    def order(self) -> dict[str, int | str]:
+        """What the order of samples depends on: to be the same on resume."""
+        files = [(file.name, file.stat().st_size if file.is_file() else 0) for file in self.files]
+        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+        return {
+            "batch_size": self.batch_size,
+            "workers": max(self.workers, 1),
             "world_size": self.world_size,
             "seed": self.seed,
             "shuffle_window": self.window,
-            "files": len(self.files),
+            "files": f"{len(files)} (names and sizes {digest})",
         }
 
     def begin_at(self, batch: int) -> None:

@@ -104,6 +104,11 @@ def readers_files(tmp_path, monkeypatch):
 
 def write_data(recipe):
     """The files and folders that a command of the pages names: one record without an image."""
+
+    def write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record if path.suffix == ".jsonl" else [record]))
+
     from cdfast.config import EMBEDDED_SCENES
     from tests.cdfast.photo_setup import conversation
 
@@ -112,10 +117,10 @@ def write_data(recipe):
         for folder in owner.image_root or []:
             Path(folder).mkdir(parents=True, exist_ok=True)
         for name in set(owner.data or []) - set(EMBEDDED_SCENES):
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_text(json.dumps([record]))
+            # Names without a suffix are folders of shards.
+            write(Path(name) if Path(name).suffix else Path(name) / "0.jsonl")
     for name in recipe.eval_data:
-        Path(name).write_text(json.dumps([record]))
+        write(Path(name))
     for folder in recipe.eval_image_root:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
@@ -179,6 +184,35 @@ def test_maps_examples_run(tmp_path, monkeypatch):
     assert namespace["answer"].shape == namespace["sinks"].shape == (72,)
     for name in ("cat.png", "answer.png"):
         assert max(Image.open(tmp_path / name).size) >= 448
+
+
+def test_streaming_example_runs(tmp_path, monkeypatch, capsys):
+    from tests.cdfast.photo_setup import conversation, make_processor
+
+    monkeypatch.chdir(tmp_path)
+    record = json.dumps({"conversations": conversation([("Who?", "I.")])})
+    for folder in ("shards", "images"):
+        Path(folder).mkdir()
+    Path("shards/0.jsonl").write_text(f"{record}\n" * 7)
+    [example] = blocks("python", "docs/data.md")
+    exec(example, {"processor": make_processor()})
+    assert capsys.readouterr().out.startswith("0 torch.Size([2, ")
+
+
+def test_the_page_of_data_names_formats_and_options_as_they_are():
+    from cdfast.config import RECIPE_FIELDS
+    from cdfast.data_check_run import GENERATED, STREAMED
+    from cdfast.shards import SUFFIXES
+
+    page = (ROOT / "docs" / "data.md").read_text()
+    assert all(f"`{suffix}" in page for suffix in (*SUFFIXES, ".json"))
+    assert f"\n{STREAMED} of all files together" in page
+    assert f"cannot be broken, {GENERATED}." in page
+    known = {f"--{field.name.replace('_', '-')}" for field in RECIPE_FIELDS}
+    known |= {"--dry-run", "--dry-run-samples", "--dry-run-json", "--resume", "--max-steps"}
+    known |= {"--dataloader-prefetch-factor", "--dataloader-persistent-workers"}
+    named = set(re.findall(r"`(--[a-z-]+)", page)) - {"--dft"}
+    assert {"--streaming", "--shuffle-window", "--workers"} <= named <= known
 
 
 @pytest.mark.parametrize("command", commands_with("cdfast.analyze"))

@@ -52,7 +52,8 @@ def checked(folder, records, processor=PROCESSOR, workers=0, **options):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_counts_of_records_as_training_encodes_them(folder, workers):
+def test_counts_of_records_as_training_encodes_them(folder, workers, monkeypatch):
+    monkeypatch.setattr("cdfast.data_check._AT_ONCE", 2)  # so that there is work for both
     records = [
         record(),
         record("A very long story about a cat, " * 5),
@@ -291,8 +292,10 @@ def test_an_interrupt_keeps_what_was_found(folder, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cdfast.data_check_run.findings", stopping)
-    _, printed, content = run(folder, monkeypatch, [record()] * 5)
+    fits, printed, content = run(folder, monkeypatch, [record()] * 5)
     [result] = content["data_sets"]
+    assert not fits
+    assert "the check was stopped" in printed
     assert result["checked"] == 2
     assert not result["complete"]
     assert "2, then stopped" in printed

@@ -9,6 +9,7 @@ import warnings
 import datasets
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, TrainerCallback
@@ -23,7 +24,7 @@ from cdfast.stages import with_lora
 from cdfast.storage import CheckpointError
 from cdfast.streaming import StreamedDataset
 from cdfast.train import main
-from tests.cdfast.command import arguments, refused
+from tests.cdfast.command import options, refused
 from tests.cdfast.photo_setup import conversation, make_processor, records
 
 PROCESSOR = make_processor()
@@ -386,7 +387,6 @@ def trainer(paths, folder, out, workers, kill_at=None, **changed):
         "disable_tqdm": True,
         "report_to": "none",
         "use_cpu": True,
-        "ignore_data_skip": True,
         **changed,
     }
     return DistillationTrainer(
@@ -414,19 +414,33 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(paths, folder, tmp_path, wor
     assert len(losses(whole)) == 5
     assert len({loss for _, loss, *_ in losses(whole)}) == 5
     assert losses(resumed) == losses(whole)
-    other = trainer(paths, folder, tmp_path / "run", workers=1)
-    with pytest.raises(CheckpointError, match=rf"workers of the streamed data was {workers}; got"):
-        other.train(resume_from_checkpoint=True)
+    for changed, words in (
+        ({"workers": 3}, f"workers of the streamed data was {max(workers, 1)}; got 3"),
+        ({"gradient_accumulation_steps": 1}, "steps of the streamed data was 2; got 1"),
+        ({}, r"files of the streamed data was 4 \(names and sizes"),
+    ):
+        if not changed:
+            write_lines(folder / "data" / "0.jsonl", [image_record(0)])
+        other = trainer(paths, folder, tmp_path / "run", **{"workers": workers, **changed})
+        with pytest.raises(CheckpointError, match=words):
+            other.train(resume_from_checkpoint=True)
+
+
+def test_a_stream_for_other_batches_than_the_trainers_is_refused(paths, folder, tmp_path):
+    other = trainer(paths, folder, tmp_path, 0, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=r"made for {'batch_size': 1, .*got one for .*: 2"):
+        other.train()
 
 
 def test_the_command_streams_and_asks_for_a_number_of_steps(paths, tmp_path, capsys):
     data = write_lines(tmp_path / "photos.jsonl", records())
-    given = arguments(paths, tmp_path / "run", data=data)
-    stages = ["--dpt.max-steps", "1", "--dft.max-steps", "1", "--sft.max-steps", "-1"]
-    line = refused([*given, "--streaming", "true", *stages], capsys)
-    assert "max_steps: stage 3 (sft): expected at least 1, because streamed data" in line
-    assert "--sft.max-steps N" in line
-    main([*given, "--streaming", "true", "--batch-size", "2", "--workers", "1"])
-    stage = json.loads((tmp_path / "run" / "stages" / "2-dft" / "stage.json").read_text())
+    made = {"name": "one", "streaming": True, "workers": 1, "stages": [{"stage": "dpt"}]}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(made))
+    given = [str(tmp_path / "one.yaml"), *options(paths, tmp_path / "run", data=data)]
+    line = refused(given, capsys)
+    assert "max_steps: stage 1 (dpt): expected at least 1, because streamed data" in line
+    assert "--dpt.max-steps N" in line
+    main([*given, "--max-steps", "1", "--batch-size", "2"])
+    stage = json.loads((tmp_path / "run" / "stages" / "1-dpt" / "stage.json").read_text())
     assert stage["steps"] == 1
     assert (tmp_path / "run" / "results.json").exists()
