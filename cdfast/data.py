@@ -323,7 +323,8 @@ class MessagesDataset(VisionTextDataset):
 def shown_names(paths: Sequence[str | Path]) -> list[str]:
     """What errors call each file: its name, or its path where two have the same name."""
     names = [Path(path).name for path in paths]
-    return [n if names.count(n) == 1 else str(path) for n, path in zip(names, paths)]
+    times = Counter(names)
+    return [n if times[n] == 1 else str(path) for n, path in zip(names, paths)]
 
 
 def _open_files(paths: list, image_roots: Roots) -> list[RecordFile]:

@@ -156,6 +156,11 @@ def check_options(run: Run) -> None:
 
 
 def _check_streaming(recipe: Recipe) -> None:
+    if recipe.streaming and all(uses_scenes(recipe, n + 1) for n in range(len(recipe.stages))):
+        raise ConfigError(
+            "streaming: expected data files, because embedded scenes are generated; got "
+            f"{recipe.data}. Give --data FILE, or leave --streaming out."
+        )
     for number, stage in enumerate(recipe.stages, 1):
         if recipe.streaming and stage.max_steps < 1 and not uses_scenes(recipe, number):
             raise ConfigError(

@@ -97,6 +97,8 @@ class StreamedDataset(IterableDataset):
             "turns": turns,
             "max_pixels": max_pixels,
         }
+        found = [(file.name, file.stat().st_size if file.is_file() else 0) for file in self.files]
+        self._digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
         self._batch = 0
         self._warned: set[str] = set()
         # A row for each worker; shared with it, whose own counters would be lost with it. The last
@@ -116,15 +118,13 @@ class StreamedDataset(IterableDataset):
 
     def order(self) -> dict[str, int | str]:
         """What the order of samples depends on: to be the same on resume."""
-        files = [(file.name, file.stat().st_size if file.is_file() else 0) for file in self.files]
-        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
         return {
             "batch_size": self.batch_size,
             "workers": max(self.workers, 1),
             "world_size": self.world_size,
             "seed": self.seed,
             "shuffle_window": self.window,
-            "files": f"{len(files)} (names and sizes {digest})",
+            "files": f"{len(self.files)} (names and sizes {self._digest})",
         }
 
     def begin_at(self, batch: int) -> None:
@@ -239,13 +239,13 @@ class StreamedDataset(IterableDataset):
                 continue
             self._counts[worker, -1] += int(encoded["truncated"])
             return encoded
-        raise self._none_left(records)
+        raise self._none_left(records[number])
 
-    def _none_left(self, records: list[Reference]) -> DataError:
+    def _none_left(self, record: Reference) -> DataError:
         return DataError(
-            source=records[0].place,
+            source=record.place,
             field="records",
-            expected=f"one that can be encoded among {len(records)} shuffled together",
+            expected=f"one that can be encoded among the {self.window} read together with it",
             got=f"none: {dict(self.skipped)}",
             remedy="correct the records, or run --dry-run to see what they have",
         )
@@ -258,9 +258,9 @@ class StreamedDataset(IterableDataset):
             )
         self._warned.add(error.reason)
 
-    def _first_window(self) -> list[Reference]:
+    def _first_window(self) -> Iterator[Reference]:
         records = itertools.chain.from_iterable(self._file(f) for f in range(len(self.files)))
-        return list(itertools.islice(records, self.window))
+        return itertools.islice(records, self.window)
 
     def first(self) -> Iterator[dict[str, Any]]:
         """The samples among the first `window` records that can be used, in the files' order."""
@@ -274,10 +274,8 @@ class StreamedDataset(IterableDataset):
     def _try_first(self) -> None:
         """Encode the first record that can be, and check its labels against its answers."""
         check = check_pair_answers if self.pairs else check_answers
-        several = self._first_window()
-        if not several:
-            raise self._too_few()
-        for record in several:
+        record = None
+        for record in self._first_window():
             try:
                 sample = self.sample(record)
                 check(self.processor, sample, self._encode(sample))
@@ -286,4 +284,4 @@ class StreamedDataset(IterableDataset):
                 if self.on_error == "raise" or error.reason == "chat template":
                     raise
                 self._warn(error)
-        raise self._none_left(several)
+        raise self._none_left(record) if record else self._too_few()

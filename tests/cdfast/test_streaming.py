@@ -272,6 +272,25 @@ def test_several_images_of_a_tar_record_stand_in_their_order(folder):
     assert pixels[1, 0].mean() < pixels[1, 2].mean()
 
 
+def test_a_tar_shard_leads_out_of_itself_nowhere(folder):
+    """A link is no image, a name that climbs is only a name, and nothing is written."""
+    record = json.dumps(image_record(0)).encode()
+    with tarfile.open(folder / "evil.tar", "w") as tar:
+        link = tarfile.TarInfo("x.png")
+        link.type, link.linkname = tarfile.SYMTYPE, str(folder / "a.png")
+        tar.addfile(link)
+        add(tar, "x.json", record)
+    with pytest.raises(DataError, match=r"evil.tar, record 0 .*in none of the image roots"):
+        StreamedDataset([folder / "evil.tar"], [folder / "data"], PROCESSOR, batch_size=1)
+    with tarfile.open(folder / "evil.tar", "w") as tar:
+        add(tar, "../../up.png", (folder / "a.png").read_bytes())
+        add(tar, "../../up.json", record)
+    before = sorted(folder.rglob("*"))
+    data = StreamedDataset([folder / "evil.tar"], [], PROCESSOR, batch_size=1)
+    assert next(iter(data))["images"]
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_folder_gives_its_files_in_order_and_saved_sets_count_as_one(folder):
     in_format("saved", folder, [text_record(0)])
     found = expand([folder / "data", folder / "saved"])
@@ -437,6 +456,8 @@ def test_the_command_streams_and_asks_for_a_number_of_steps(paths, tmp_path, cap
     made = {"name": "one", "streaming": True, "workers": 1, "stages": [{"stage": "dpt"}]}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(made))
     given = [str(tmp_path / "one.yaml"), *options(paths, tmp_path / "run", data=data)]
+    line = refused(["miniature", "--streaming", "true"], capsys)
+    assert "streaming: expected data files, because embedded scenes are generated" in line
     line = refused(given, capsys)
     assert "max_steps: stage 1 (dpt): expected at least 1, because streamed data" in line
     assert "--dpt.max-steps N" in line
