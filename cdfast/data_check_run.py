@@ -18,12 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cdfast.check_samples import FileSamples, StreamSamples
 from cdfast.config import ConfigError, Recipe
 from cdfast.data_check import (
     DataCheck,
-    FileSamples,
     Options,
-    StreamSamples,
     check_masks,
     evenly_spaced,
     findings,

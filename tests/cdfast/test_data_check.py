@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from cdfast.check_samples import FileSamples
 from cdfast.config import Recipe, StageRecipe
 from cdfast.data import load_dataset
 from cdfast.data_check import (
     DataCheck,
-    FileSamples,
     Options,
     check_masks,
     evenly_spaced,
