@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cdfast.config import (
@@ -18,6 +19,8 @@ from cdfast.config import (
     load_recipe,
     override,
 )
+
+_DRY_RUN = ("dry_run_samples", "dry_run_json")
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Namespace]:
@@ -39,9 +42,19 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
         "list": "list the shipped recipes and exit",
         "resume": "continue the run in --output-dir (default: the newest of this recipe)",
         "overwrite": "delete what is in --output-dir first",
-        "dry-run": "check the recipe, print stages, matched layers and sizes, and exit",
+        "dry-run": "check recipe and data, print stages, matched layers and sizes, and exit: with "
+        "status 1 if the run would stop on its data",
     }.items():
         flags.add_argument(f"--{name}", action="store_true", help=text)
+    flags.add_argument(
+        "--dry-run-samples",
+        metavar="N",
+        help="with --dry-run: look at N records of each data set, evenly spaced; 0: none "
+        "(default: all)",
+    )
+    flags.add_argument(
+        "--dry-run-json", metavar="FILE", help="with --dry-run: write what the data are to FILE"
+    )
     flags.add_argument(
         "--compare",
         nargs="*",
@@ -71,7 +84,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
     if source is None:
         own = any(hasattr(namespace, name) for name in ("teacher", "student", "data"))
         source = OWN_MODELS if own else MINIATURE
-    flag_names = ("list", "compare", "resume", "overwrite", "dry_run")
+    flag_names = ("list", "compare", "resume", "overwrite", "dry_run", *_DRY_RUN)
     options = {k: v for k, v in vars(namespace).items() if k not in flag_names}
     options |= _pairs(rest)
     chosen = argparse.Namespace(**{k: getattr(namespace, k) for k in flag_names})
@@ -82,7 +95,25 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Recipe | None, argparse.Nam
             "--resume, --overwrite: expected one of them; got both. --resume continues the run in "
             "--output-dir, --overwrite deletes it."
         )
+    _check_dry_run(chosen)
     return override(load_recipe(source), options), chosen
+
+
+def _check_dry_run(chosen: argparse.Namespace) -> None:
+    """Refuse what only a dry run knows without one; read its values."""
+    for name in _DRY_RUN:
+        if getattr(chosen, name) is not None and not chosen.dry_run:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: expected --dry-run beside it; got none. Give --dry-run.")
+    if chosen.dry_run_samples is not None:
+        if not re.fullmatch(r"\d{1,18}", chosen.dry_run_samples):
+            raise ConfigError(
+                "--dry-run-samples: expected a number of records, 0 for none; got "
+                f"{chosen.dry_run_samples!r}. Give a whole number, or leave it out to look at all."
+            )
+        chosen.dry_run_samples = int(chosen.dry_run_samples)
+    if chosen.dry_run_json is not None:
+        chosen.dry_run_json = Path(chosen.dry_run_json)
 
 
 def _join_negative(argv: Sequence[str]) -> list[str]:

@@ -251,6 +251,14 @@ class Recipe:
         "conversations do not see each other.",
     )
     workers: int = _option(1, "Data loader processes per rank.", at_least=0)
+    streaming: bool = _option(
+        False,
+        "Read data from the front instead of looking through it first: .jsonl, .parquet, .tar "
+        "(WebDataset), folders of them or of `datasets`. Needs max_steps.",
+    )
+    shuffle_window: int = _option(
+        1000, "With streaming: records that are shuffled together.", at_least=1
+    )
 
     preset: str = _option("paper", "Alignment preset: paper or official.")
     objective: str | None = _option(None, "row, map, pooled, mse or kl; default: the preset's.")
@@ -434,6 +442,7 @@ class Recipe:
                     "Give --packing true, or leave --pack-tokens out."
                 )
             return
+        self._refuse_streaming("packing", "the lengths of all samples")
         if self.turns != "dialogue":
             raise ConfigError(
                 f"packing: expected turns 'dialogue', because a row's samples have no segments; "
@@ -456,9 +465,17 @@ class Recipe:
                     f"{self.pack_tokens}. Raise --pack-tokens, or lower --max-length."
                 )
 
+    def _refuse_streaming(self, option: str, what: str) -> None:
+        if self.streaming:
+            raise ConfigError(
+                f"{option}: expected streaming false, because {what} are looked at before the "
+                f"first step; got both. Leave --streaming or --{option.replace('_', '-')} out."
+            )
+
     def _check_shared_images(self) -> None:
         if not self.share_images:
             return
+        self._refuse_streaming("share_images", "the images of all records")
         if self.packing:
             raise ConfigError(
                 "share_images: expected packing false, because samples of a packed row have no "

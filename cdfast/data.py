@@ -68,7 +68,8 @@ Paths = str | Path | Sequence[str | Path]
 Roots = str | Path | Sequence[str | Path] | Mapping[Any, Any] | None
 
 
-def _listed(value: Any) -> list:
+def listed(value: Any) -> list:
+    """One path, or several, as a list."""
     return [value] if isinstance(value, str | Path) else list(value or [])
 
 
@@ -136,7 +137,7 @@ class VisionTextDataset(Dataset):
             "turns": turns,
             "max_pixels": max_pixels,
         }
-        self.files = _open_files(_listed(paths), image_roots)
+        self.files = _open_files(listed(paths), image_roots)
         self._layouts = [self.layout or file.layout() for file in self.files]
         self._dropped: Counter[str] = Counter()
         self._dropped_names: dict[str, list[str]] = {}
@@ -363,26 +364,31 @@ class MessagesDataset(VisionTextDataset):
     layout = "messages"
 
 
+def shown_names(paths: Sequence[str | Path]) -> list[str]:
+    """What errors call each file: its name, or its path where two have the same name."""
+    names = [Path(path).name for path in paths]
+    times = Counter(names)
+    return [n if times[n] == 1 else str(path) for n, path in zip(names, paths)]
+
+
 def _open_files(paths: list, image_roots: Roots) -> list[RecordFile]:
     if not paths:
         raise ValueError("paths: expected at least one file, got none")
-    names = [Path(path).name for path in paths]
     files = []
     if isinstance(image_roots, Mapping):
-        by_file = {Path(file): _listed(roots) for file, roots in image_roots.items()}
+        by_file = {Path(file): listed(roots) for file, roots in image_roots.items()}
         unknown = set(by_file) - {Path(path) for path in paths}
         if unknown:
             raise ValueError(
                 f"image_roots: expected files of paths as keys, got {sorted(map(str, unknown))}"
             )
     else:
-        by_file = {Path(path): _listed(image_roots) for path in paths}
-    for path, name in zip(paths, names):
+        by_file = {Path(path): listed(image_roots) for path in paths}
+    for path, shown in zip(paths, shown_names(paths)):
         roots = by_file.get(Path(path)) or [Path(path).parent]
         for root in roots:
             if not Path(root).is_dir():
                 raise ValueError(f"image_roots: expected folders that exist, got {str(root)!r}")
-        shown = name if names.count(name) == 1 else str(path)
         files.append(RecordFile(path, tuple(str(root) for root in roots), shown))
     return files
 

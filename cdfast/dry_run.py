@@ -1,7 +1,9 @@
-"""`--dry-run`: build a recipe's models without weights, and print what the run would do."""
+"""`--dry-run`: build a recipe's models without weights, print what the run would do, and check its
+data."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from cdfast.adapters import set_trainable
 from cdfast.aligner import VisualAttentionAligner
 from cdfast.arguments import check_zero_options
 from cdfast.config import EMBEDDED_SCENES, PROJECTOR_ONLY, ConfigError, Recipe
+from cdfast.data_check_run import check_recipe_data
 from cdfast.hidden_projector import hidden_projector_size
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
@@ -109,8 +112,16 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForImageTextToText.from_config(config)
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Print sizes, matched layers and stages of a recipe, and what it still needs to run.
+def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | None = None) -> bool:
+    """Print sizes, matched layers and stages of a recipe, and what it still needs to run; check
+    its data.
+
+    Args:
+        recipe: what would be run.
+        samples, json_path: see `check_recipe_data`.
+
+    Returns:
+        Whether a run would go through its data.
 
     Raises:
         ConfigError: there is too little to build models from, or an option that cannot be used.
@@ -182,6 +193,9 @@ def dry_run(recipe: Recipe) -> None:
         recipe.check_runnable()
     except ConfigError as error:
         console.print(f"not ready to run: {error}", markup=False)
+    if os.environ.get("RANK", "0") != "0":
+        return True  # one rank looks at the data
+    return check_recipe_data(recipe, console, samples=samples, path=json_path)
 
 
 def _unsharded(recipe: Recipe) -> Recipe:

@@ -331,6 +331,31 @@ def _positions(segments: list[int]) -> list[int]:
     return out
 
 
+@dataclass(frozen=True)
+class Uncut:
+    """A whole encoded sample, before max_length.
+
+    Args:
+        ids: N token ids, image placeholders expanded.
+        labels: N, the token id where it is supervised, else -100.
+        extras: the processor's other per-token tensors, each (N,).
+        images: the processor's image tensors.
+        prefix: how many tokens there are up to the last image's last one; 0 without an image.
+        visual: how many of the tokens stand for an image.
+        segments: N, with turns="independent"; else empty.
+        source: the sample's.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    extras: dict[str, Tensor]
+    images: dict[str, Tensor]
+    prefix: int
+    visual: int
+    segments: list[int]
+    source: str
+
+
 def encode(
     processor: Any,
     sample: Sample,
@@ -370,6 +395,26 @@ def encode(
             within max_length.
         ValueError: `turns` is not one of the two.
     """
+    uncut = encode_uncut(processor, sample, turns=turns, max_pixels=max_pixels, others=others)
+    return cut(uncut, max_length)
+
+
+def encode_uncut(
+    processor: Any,
+    sample: Sample,
+    *,
+    turns: str = "dialogue",
+    max_pixels: int | None = MAX_PIXELS,
+    others: Sequence[Sample] = (),
+) -> Uncut:
+    """Encode one sample as `encode` does, whatever its length.
+
+    Args:
+        processor, sample, turns, max_pixels, others: see `encode`.
+
+    Raises:
+        DataError, ValueError: see `encode`; the length is no reason.
+    """
     for one in (sample, *others):
         check_sample(processor, one, turns=turns)
     template = chat_template(processor)
@@ -377,6 +422,7 @@ def encode(
         load_image(image, sample.source, field=f"images[{n}]", max_pixels=max_pixels)
         for n, image in enumerate(sample.images)
     ]
+    image_id = template.image_id if images else None
     segments: list[int] = []
     if turns == "independent" or others:
         conversations = [c for one in (sample, *others) for c in conversations_of(one, turns)]
@@ -387,31 +433,40 @@ def encode(
         text, spans = template.answers(sample.messages, sample.source)
         ids, extras, tensors = process(processor, template, text, images, sample.source)
         [unexpanded] = _tokenize(template, [text], [spans])
-        image_id = template.image_id if images else None
         labels, prefix = _carry_over(*unexpanded, ids, image_id, sample.source)
-    full = len(ids)
+    visual = 0 if image_id is None else ids.count(image_id)
+    return Uncut(ids, labels, extras, tensors, prefix, visual, segments, sample.source)
+
+
+def cut(uncut: Uncut, max_length: int | None) -> dict[str, Any]:
+    """The first max_length tokens of an encoded sample, as `encode` returns them.
+
+    Raises:
+        DataError: an image would be cut, or no answer token is left.
+    """
+    full = len(uncut.ids)
     length = full if max_length is None else min(full, max_length)
-    labels = labels[:length]
-    if length < prefix or all(label == IGNORE_INDEX for label in labels):
+    labels = uncut.labels[:length]
+    if length < uncut.prefix or all(label == IGNORE_INDEX for label in labels):
         raise DataError(
-            source=sample.source,
+            source=uncut.source,
             field="messages",
             expected=f"the images and a part of an answer within max_length={max_length}",
-            got=f"{prefix} tokens up to the last image and {full} in all",
+            got=f"{uncut.prefix} tokens up to the last image and {full} in all",
             remedy="raise max_length, or set on_error='skip' to leave such records out",
             reason="nothing left within max_length",
         )
     out: dict[str, Any] = {
-        "input_ids": torch.tensor(ids[:length]),
+        "input_ids": torch.tensor(uncut.ids[:length]),
         "labels": torch.tensor(labels),
-        "images": tensors,
-        "extras": {name: value[:length] for name, value in extras.items()},
-        "source": sample.source,
+        "images": uncut.images,
+        "extras": {name: value[:length] for name, value in uncut.extras.items()},
+        "source": uncut.source,
         "truncated": length < full,
     }
-    if segments:
-        out["segment_ids"] = torch.tensor(segments[:length])
-        out["position_ids"] = torch.tensor(_positions(segments[:length]))
+    if uncut.segments:
+        out["segment_ids"] = torch.tensor(uncut.segments[:length])
+        out["position_ids"] = torch.tensor(_positions(uncut.segments[:length]))
     return out
 
 
@@ -434,7 +489,7 @@ def check_answers(processor: Any, sample: Sample, encoded: dict[str, Any]) -> No
     def bare(ids: list[int]) -> str:
         return "".join(tokenizer.decode(ids, skip_special_tokens=True).split())
 
-    runs = _runs(encoded["labels"].tolist())
+    runs = answer_runs(encoded["labels"].tolist())
     got = [bare(run) for run in runs]
     answers = [message_text(m) for m in sample.messages if m["role"] == "assistant"]
     # Through the tokenizer and back, since it may lower the case or drop unknown words.
@@ -462,7 +517,7 @@ def check_answers(processor: Any, sample: Sample, encoded: dict[str, Any]) -> No
         )
 
 
-def _runs(labels: list[int]) -> list[list[int]]:
+def answer_runs(labels: list[int]) -> list[list[int]]:
     """The supervised tokens, one list for each unbroken stretch."""
     runs: list[list[int]] = []
     for before, label in zip([IGNORE_INDEX, *labels], labels):

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # Samples per forward of the similarity: its maps are (batch, text, visual) per matched layer.
 SIMILARITY_BATCH = 4
+# Samples whose attention is compared when a run has ended.
+PROBE_SAMPLES = 32
 QUESTION_BATCH = 64
 QUESTIONS_PER_KIND = 20
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,7 @@ class Lines:
 
     def __getitem__(self, index: int) -> Any:
         start = self._ends[index - 1] if index else 0
-        line = self._buffer[start : self._ends[index]].tobytes().decode("utf-8")
-        return json.loads(line, object_pairs_hook=_without_repeats)
+        return parsed(self._buffer[start : self._ends[index]].tobytes())
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -233,9 +232,7 @@ class RecordFile:
         """Return the name of a record for errors, with its line and id where it has them."""
         numbers = self.records.numbers
         notes = [] if numbers is None else [f"line {numbers[index]}"]
-        if isinstance(record, dict) and isinstance(record.get("id"), str | int):
-            notes.append(f"id {printable(str(record['id'])[:80])}")
-        return f"{self.name}, record {index}" + (f" ({', '.join(notes)})" if notes else "")
+        return record_name(f"{self.name}, record {index}", notes, record)
 
     def layout(self) -> str:
         """Return one of `LAYOUTS`: what its first record that has one of them has.
@@ -273,24 +270,70 @@ class RecordFile:
         except (ValueError, RecursionError) as error:
             got = f"{type(error).__name__}: {error}"
             raise _broken(self.source(index), "record", "valid JSON", got, "repair it") from error
-        source = self.source(index, record)
-        if not isinstance(record, dict):
-            raise _broken(source, "record", "an object", record, "remove it")
-        messages, inline = _conversation(record, layout, source)
-        _check_order(messages, layout, source)
-        images = _images(record, inline, self.roots, source)
-        marks = sum(part["type"] == "image" for m in messages for part in m["content"])
-        if marks != len(images):
-            kind = f"{IMAGE_MARK} marks" if layout == "conversations" else "image parts"
-            raise _broken(
-                source,
-                "image",
-                f"as many images as {kind}",
-                f"{len(images)} images and {marks} {kind}",
-                f"add or remove {kind} or images so that they match",
-            )
-        rejected = _rejected(record, layout, messages, source) if pairs else None
-        return Sample(messages, images, source, rejected)
+        return record_sample(record, self.source(index, record), layout, self.roots, pairs=pairs)
+
+
+def parsed(line: bytes) -> Any:
+    """The record of a JSON text.
+
+    Raises:
+        ValueError: no valid JSON in UTF-8, or a key that stands twice in an object.
+        RecursionError: nested too deep.
+    """
+    return json.loads(line.decode("utf-8"), object_pairs_hook=_without_repeats)
+
+
+def record_sample(
+    record: Any,
+    source: str,
+    layout: str | None,
+    roots: tuple[str, ...],
+    *,
+    pairs: bool = False,
+) -> Sample:
+    """What a record says, checked; its images are not opened.
+
+    Args:
+        record: as it was parsed.
+        source: its name in errors.
+        layout: one of `LAYOUTS`; None: the first of them that it has.
+        roots: the folders in which its images are looked up, in order.
+        pairs: read its `rejected` too, where it has it; else it is not looked at.
+
+    Raises:
+        DataError: the record is broken.
+    """
+    if not isinstance(record, dict):
+        raise _broken(source, "record", "an object", record, "remove it")
+    if layout is None:
+        found = [name for name in LAYOUTS if record.get(name) is not None]
+        if not found:
+            expected = "'conversations' (LLaVA), 'messages', or 'chosen' and 'rejected'"
+            raise _broken(source, "record", expected, sorted(record), "correct or remove it")
+        layout = found[0]
+    messages, inline = _conversation(record, layout, source)
+    _check_order(messages, layout, source)
+    images = _images(record, inline, roots, source)
+    marks = sum(part["type"] == "image" for m in messages for part in m["content"])
+    if marks != len(images):
+        kind = f"{IMAGE_MARK} marks" if layout == "conversations" else "image parts"
+        raise _broken(
+            source,
+            "image",
+            f"as many images as {kind}",
+            f"{len(images)} images and {marks} {kind}",
+            f"add or remove {kind} or images so that they match",
+        )
+    rejected = _rejected(record, layout, messages, source) if pairs else None
+    return Sample(messages, images, source, rejected)
+
+
+def record_name(place: str, notes: Sequence[str], record: Any = None) -> str:
+    """The name of a record for errors: its place, notes, and its id where it has one."""
+    notes = [*notes]
+    if isinstance(record, dict) and isinstance(record.get("id"), str | int):
+        notes.append(f"id {printable(str(record['id'])[:80])}")
+    return place + (f" ({', '.join(notes)})" if notes else "")
 
 
 def printable(text: str) -> str:

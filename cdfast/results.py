@@ -19,11 +19,10 @@ from cdfast.collator import VisionTextCollator
 from cdfast.config import Recipe
 from cdfast.matching import Matches
 from cdfast.models import load_model, teacher_source
-from cdfast.probes import SIMILARITY_BATCH, samples_with_image
+from cdfast.probes import PROBE_SAMPLES, SIMILARITY_BATCH, samples_with_image
 from cdfast.similarity import layer_similarity, matched_similarity
 
 _PACKAGES = ("cdfast", "torch", "transformers", "accelerate", "peft", "triton", "numpy")
-PROBE_SAMPLES = 32
 
 
 def run_environment(processes: int, stages: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:

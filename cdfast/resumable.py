@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -32,10 +34,12 @@ from cdfast.storage import (
     rank_and_world,
     together,
 )
+from cdfast.streaming import StreamedDataset
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT_FILE = "alignment.json"
+STREAM_FILE = "data_stream.json"
 
 
 class ResumableTrainer(Trainer):
@@ -112,6 +116,9 @@ class ResumableTrainer(Trainer):
         if self.aligner is not None:
             path = folder / ALIGNMENT_FILE
             path.write_text(json.dumps(self.aligner.state_dict(), indent=2) + "\n")
+        if self._stream is not None:
+            order = json.dumps(self._order(self._stream), indent=2)
+            (folder / STREAM_FILE).write_text(order + "\n")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         write = super()._save_optimizer_and_scheduler
@@ -165,6 +172,11 @@ class ResumableTrainer(Trainer):
             require_same_layout(checkpoint, self.args.zero_stage)
         if checkpoint and self.aligner is not None and (checkpoint / ALIGNMENT_FILE).exists():
             self.aligner.load_state_dict(json.loads((checkpoint / ALIGNMENT_FILE).read_text()))
+        if self._stream is not None:
+            # It begins at its place by itself; Trainer would decode all that comes before.
+            self.args.ignore_data_skip = True
+            if checkpoint:
+                _require_same_order(checkpoint, self._order(self._stream))
         if checkpoint:
             self.args.eval_on_start = False  # the start is in the log of the run that is resumed
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -178,8 +190,70 @@ class ResumableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
+        if self._stream is not None:
+            done = self.state.global_step * self.args.gradient_accumulation_steps
+            self._stream.begin_at(done)
         return super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer counts from where it was resumed, unless it reads all data again up to there.
+        if self._stream is not None:
+            self.state.epoch = self.state.global_step / self.state.max_steps
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @property
+    def _stream(self) -> StreamedDataset | None:
+        data = self.train_dataset
+        return data if isinstance(data, StreamedDataset) else None
+
+    def _order(self, stream: StreamedDataset) -> dict[str, Any]:
+        steps = self.args.gradient_accumulation_steps
+        return {**stream.order(), "gradient_accumulation_steps": steps}
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's; a stream is split over ranks already, and keeps off the global generator.
+
+        Trainer would give all ranks the first rank's batches, or every rank a part of its part.
+        """
+        if self._stream is None:
+            return super().get_train_dataloader()
+        args = self.args
+        made_for = self._stream.made_for()
+        own = {
+            "batch_size": args.per_device_train_batch_size,
+            "workers": args.dataloader_num_workers,
+            "rank": args.process_index,
+            "world_size": args.world_size,
+        }
+        if made_for != own:
+            raise ValueError(
+                f"train_dataset: expected a StreamedDataset made for {own}, which are the "
+                f"trainer's; got one for {made_for}. Make it with these."
+            )
+        return DataLoaderShard(
+            self._stream,
+            device=args.device,
+            batch_size=args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+            generator=torch.Generator(),
+        )
 
     def _load_best_model(self) -> None:
         with safe_pickles(self.args.zero_stage):
             super()._load_best_model()
+
+
+def _require_same_order(checkpoint: Path, now: dict[str, Any]) -> None:
+    """Refuse to resume a stream whose samples would come in another order."""
+    path = checkpoint / STREAM_FILE
+    then = json.loads(path.read_text()) if path.exists() else {}
+    for name in now:
+        if then.get(name) != now[name]:
+            raise CheckpointError(
+                f"{checkpoint}: {name} of the streamed data was {then.get(name)}; got {now[name]}. "
+                "The order of samples depends on it: give the same, or start afresh."
+            )

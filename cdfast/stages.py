@@ -7,6 +7,7 @@ and writes the next: the same path whether the run is new or resumed.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import re
@@ -38,7 +39,13 @@ from cdfast.export import write_student
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import check_models, load_config, load_model, teacher_source
 from cdfast.packing import describe_rows
-from cdfast.probes import Probe, matched_layers, probe_questions, samples_with_image
+from cdfast.probes import (
+    PROBE_SAMPLES,
+    Probe,
+    matched_layers,
+    probe_questions,
+    samples_with_image,
+)
 from cdfast.storage import staged_folder, together, write_text
 from cdfast.terms import WEIGHTS, weighted_terms
 
@@ -142,11 +149,27 @@ def check_options(run: Run) -> None:
         ConfigError: see `check_stages`.
     """
     check_models(run.recipe)
+    _check_streaming(run.recipe)
     with user_errors():
         for number in range(1, len(run.recipe.stages) + 1):
             _check_evaluation(run, number, stage_arguments(run, number))
         if any(stage.alignment_weight for stage in run.recipe.stages):
             _check_alignment(run.recipe)
+
+
+def _check_streaming(recipe: Recipe) -> None:
+    if recipe.streaming and all(uses_scenes(recipe, n + 1) for n in range(len(recipe.stages))):
+        raise ConfigError(
+            "streaming: expected data files, because embedded scenes are generated; got "
+            f"{recipe.data}. Give --data FILE, or leave --streaming out."
+        )
+    for number, stage in enumerate(recipe.stages, 1):
+        if recipe.streaming and stage.max_steps < 1 and not uses_scenes(recipe, number):
+            raise ConfigError(
+                f"max_steps: stage {number} ({stage.stage}): expected at least 1, because streamed "
+                f"data have no known length; got {stage.max_steps}. Give --max-steps N or "
+                f"--{stage.stage}.max-steps N, or leave --streaming out."
+            )
 
 
 def _check_evaluation(run: Run, number: int, arguments: Any) -> None:
@@ -206,8 +229,34 @@ def stage_dataset(run: Run, number: int) -> Any:
             **mix,
         )
         return _encoded_scenes(scenes, run.processor, stage.pairs)
-    opened = _opened(run, data, stage.image_root or recipe.image_root, stage.pairs)
+    roots = stage.image_root or recipe.image_root
+    if recipe.streaming:
+        return _stream(run, number, data, roots)
+    opened = _opened(run, data, roots, stage.pairs)
     return _with_shared_images(run, opened) if recipe.share_images else opened
+
+
+def _stream(run: Run, number: int, data: list[str], roots: list[str]) -> Any:
+    """The samples of a stage's files, read as they are needed."""
+    from cdfast.streaming import StreamedDataset
+
+    recipe, stage = run.recipe, run.recipe.stages[number - 1]
+    return StreamedDataset(
+        data,
+        roots,
+        run.processor,
+        batch_size=stage.batch_size,
+        workers=recipe.workers,
+        rank=run.state.process_index,
+        world_size=run.state.num_processes,
+        seed=recipe.seed * 100 + number,
+        window=recipe.shuffle_window,
+        max_length=recipe.max_length,
+        turns=recipe.turns,
+        on_error=recipe.on_error,
+        max_pixels=recipe.max_pixels,
+        pairs=stage.pairs,
+    )
 
 
 def _with_shared_images(run: Run, opened: Any) -> Any:
@@ -269,6 +318,9 @@ def probe_samples(run: Run) -> Any:
         numbers = range(1, len(run.recipe.stages) + 1)
         single = [n for n in numbers if not run.recipe.stages[n - 1].pairs]
         samples = stage_dataset(run, (single or numbers)[-1])
+        if hasattr(samples, "first"):  # a stream, which has no end
+            shown = (sample for sample in samples.first() if sample["images"])
+            samples = list(itertools.islice(shown, PROBE_SAMPLES))
     return samples
 
 

@@ -311,7 +311,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from cdfast.dry_run import dry_run
 
             with user_errors():
-                return dry_run(recipe)
+                fits = dry_run(recipe, samples=flags.dry_run_samples, json_path=flags.dry_run_json)
+            if not fits:
+                sys.exit(1)
+            return
         recipe.check_runnable()
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             # torchrun --max-restarts runs the same command again: --overwrite has been done.

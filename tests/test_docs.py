@@ -1,6 +1,7 @@
 """Code and commands of README and docs/: run if small, parsed and dry-run if they need models."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -104,11 +105,38 @@ def readers_files(tmp_path, monkeypatch):
         idefics3(layers=layers)[0].save_pretrained(f"path/to/{role}-vlm")
 
 
+def write_data(recipe):
+    """The files and folders that a command of the pages names: one record without an image."""
+
+    def write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record if path.suffix == ".jsonl" else [record]))
+
+    from cdfast.config import EMBEDDED_SCENES
+    from tests.cdfast.photo_setup import conversation
+
+    record = {"conversations": conversation([("Who?", "I.")])}
+    for owner in (recipe, *recipe.stages):
+        for folder in owner.image_root or []:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in set(owner.data or []) - set(EMBEDDED_SCENES):
+            # Names without a suffix are folders of shards.
+            write(Path(name) if Path(name).suffix else Path(name) / "0.jsonl")
+    for name in recipe.eval_data:
+        write(Path(name))
+    for folder in recipe.eval_image_root:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
 @pytest.mark.parametrize("command", train_commands())
 def test_train_commands_are_valid(command, readers_files, capsys):
+    from cdfast.command_line import parse_command_line
     from cdfast.train import main
 
-    main([*train_arguments(command), "--dry-run"])
+    arguments = train_arguments(command)
+    recipe, flags = parse_command_line(arguments)
+    write_data(recipe)
+    main(arguments if flags.dry_run else [*arguments, "--dry-run", "--dry-run-samples", "1"])
     printed = capsys.readouterr().out
     assert "stages" in printed
     assert "not ready to run" not in printed or "..." in command
@@ -174,11 +202,38 @@ def test_packing_example_runs():
     assert namespace["alignment"].count == 4
 
 
+def test_streaming_example_runs(tmp_path, monkeypatch, capsys):
+    from tests.cdfast.photo_setup import conversation, make_processor
+
+    monkeypatch.chdir(tmp_path)
+    record = json.dumps({"conversations": conversation([("Who?", "I.")])})
+    for folder in ("shards", "images"):
+        Path(folder).mkdir()
+    Path("shards/0.jsonl").write_text(f"{record}\n" * 7)
+    [example] = blocks("python", "docs/data.md")
+    exec(example, {"processor": make_processor()})
+    assert capsys.readouterr().out.startswith("0 torch.Size([2, ")
+
+
+def test_the_page_of_data_names_formats_and_options_as_they_are():
+    from cdfast.config import RECIPE_FIELDS
+    from cdfast.data_check_run import GENERATED, STREAMED
+    from cdfast.shards import SUFFIXES
+
+    page = (ROOT / "docs" / "data.md").read_text()
+    assert all(f"`{suffix}" in page for suffix in (*SUFFIXES, ".json"))
+    assert f"\n{STREAMED} of all files together" in page
+    assert f"cannot be broken, {GENERATED}." in page
+    known = {f"--{field.name.replace('_', '-')}" for field in RECIPE_FIELDS}
+    known |= {"--dry-run", "--dry-run-samples", "--dry-run-json", "--resume", "--max-steps"}
+    known |= {"--dataloader-prefetch-factor", "--dataloader-persistent-workers"}
+    named = set(re.findall(r"`(--[a-z-]+)", page)) - {"--dft"}
+    assert {"--streaming", "--shuffle-window", "--workers"} <= named <= known
+
+
 @pytest.mark.parametrize("command", commands_with("cdfast.analyze"))
 def test_analyze_commands_run(command, tmp_path, monkeypatch, capsys):
     """As written, on small models and few questions."""
-    import json
-
     from cdfast.analyze import main
     from cdfast.synthetic import build_miniature_model, make_processor, miniature_configs
     from tests.cdfast.tiny_families import llava, photo

@@ -273,6 +273,29 @@ def test_lists_and_flags_on_the_command_line():
     assert not flags.dry_run
 
 
+def test_options_of_the_dry_run():
+    _, flags = parse_command_line(
+        ["--dry-run", "--dry-run-samples", "5", "--dry-run-json", "a.json"]
+    )
+    assert (flags.dry_run_samples, str(flags.dry_run_json)) == (5, "a.json")
+    _, flags = parse_command_line(["--dry-run"])
+    assert (flags.dry_run_samples, flags.dry_run_json) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--dry-run-samples", "5"], "expected --dry-run beside it"),
+        (["--dry-run-json", "a.json"], "expected --dry-run beside it"),
+        (["--dry-run", "--dry-run-samples", "-1"], "expected a number of records.*'-1'"),
+        (["--dry-run", "--dry-run-samples", "few"], "expected a number of records.*'few'"),
+    ],
+)
+def test_wrong_options_of_the_dry_run_are_named(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_command_line(arguments)
+
+
 def test_no_argument_means_the_miniature():
     assert parse_command_line([])[0] == load_recipe("miniature")
     assert parse_command_line(["--seed", "3"])[0] == override(load_recipe("miniature"), {"seed": 3})

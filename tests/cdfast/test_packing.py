@@ -341,6 +341,7 @@ def test_the_command_packs(paths, tmp_path, capsys):
 
 REFUSED = {
     "turns": ({"turns": "independent"}, "packing: expected turns 'dialogue'"),
+    "streaming": ({"streaming": "true"}, "packing: expected streaming false"),
     "short rows": ({"pack-tokens": 20, "batch-size": 2}, "rows of at least max_length = 2048"),
     "off": ({"packing": "false", "pack-tokens": 20}, "pack_tokens: expected none"),
 }

@@ -179,3 +179,5 @@ def test_the_command_shares_images(paths, tmp_path, capsys):
     assert stage["shared_images"].items() >= saved.items()
     given = arguments(paths, tmp_path / "both", **{"packing": "true", "share-images": "true"})
     assert "share_images: expected packing false" in refused(given, capsys)
+    given = arguments(paths, tmp_path / "stream", **{"streaming": "true", "share-images": "true"})
+    assert "share_images: expected streaming false" in refused(given, capsys)

@@ -756,6 +756,27 @@ def test_dry_run_of_the_recipe_for_models_of_ones_own(paths, tmp_path, capsys, m
     assert "Give --student PATH" in refused(["compodistill", "--dry-run"], capsys)
 
 
+def test_dry_run_of_broken_data_names_it_and_ends_with_1(paths, tmp_path, capsys, monkeypatch):
+    """As the run would: --on-error skip makes both go on."""
+    made = photo_setup.records()
+    made[5]["image"] = "atlantis.jpg"
+    data = photo_setup.write_records(tmp_path / "lost.json", made)
+    given = options(paths, tmp_path / "run", data=data)
+    with pytest.raises(SystemExit) as stopped:
+        dry_run(["compodistill", *given], capsys, monkeypatch)
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert "the run would stop" in printed
+    assert re.search(r"lost.json, record 5 .*atlantis.jpg", printed)
+    report = tmp_path / "check.json"
+    skip = ["--on-error", "skip", "--dry-run-json", report]
+    dry_run(["compodistill", *given, *skip], capsys, monkeypatch)
+    [result] = json.loads(report.read_text())["data_sets"]
+    assert (result["checked"], result["usable"]) == (9, 8)
+    assert result["broken"]["image missing"]["records"] == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_dry_run_counts_what_a_run_would_train(paths, tmp_path, capsys, monkeypatch, after):
     arguments = [write_recipe(tmp_path, STAGES), *options(paths, tmp_path / "run")]
