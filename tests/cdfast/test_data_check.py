@@ -150,7 +150,7 @@ def test_an_unexpected_error_is_a_finding_that_stops(folder, monkeypatch):
     def fail(*args, **kwargs):
         raise TypeError("not in this processor")
 
-    monkeypatch.setattr("cdfast.encoding._process", fail)
+    monkeypatch.setattr("cdfast.encoding.process", fail)
     found, stops = checked(folder, [record()], on_error="skip")
     [message] = found["broken"]["unexpected error"]["first"]
     assert message == "d.json, record 0: TypeError: not in this processor"
