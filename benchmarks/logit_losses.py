@@ -170,11 +170,7 @@ def whole(run: Variant, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def rows_at_once(case: Case) -> int:
-    """Most rows whose logits the chunked KL holds at once: Liger cuts in rows // chunk_size parts.
+    """Most rows whose logits the chunked KL holds at once."""
+    from cdfast.losses import KL_ROWS
 
-    So there is one chunk up to twice its chunk_size, less one.
-    """
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    chunks = max(1, case.rows // LigerFusedLinearJSDLoss().chunk_size)
-    return -(-case.rows // chunks)
+    return min(case.rows, KL_ROWS)

@@ -115,9 +115,11 @@ HEADER = ["variant", "ms", "spread", "over dense", "peak MiB", "over dense", "ke
 
 
 def markdown(found: dict[str, Any]) -> str:
+    from cdfast.losses import KL_ROWS
+
     cuda = found["environment"]["device"] != "cpu"
     lm = (
-        "its LM loss is Liger's too, in chunks of a size of its own"
+        "its LM loss is Liger's, in chunks of a size of its own"
         if cuda
         else "its LM loss is not chunked on a CPU"
     )
@@ -129,10 +131,9 @@ def markdown(found: dict[str, Any]) -> str:
         "same case. Kept is the memory held between forward and backward. Each was checked first, "
         "within the error budget of the tests: against float64, beside eager PyTorch with every "
         "operation in the dtype of the inputs.",
-        "`chunked` is what the trainer computes: answer rows only, and Liger's chunked KL, which "
-        "cuts the rows into as many chunks as 1024 goes into their number: below 2048 rows there "
-        f"is one, and no logits are saved; {lm}. LM and KL each project the student's rows, where "
-        "`dense` projects them once for both.",
+        "`chunked` is what the trainer computes: answer rows only, and KL in chunks of "
+        f"{KL_ROWS} rows, of which no logits are saved; {lm}. LM and KL each project the student's "
+        "rows, where `dense` projects them once for both.",
     ]
     for case in found["cases"]:
         if "failed" not in case:

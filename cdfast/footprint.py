@@ -41,12 +41,12 @@ import torch
 from cdfast_kernels import VisualLayout
 from torch import nn
 
+from cdfast.losses import KL_ROWS
+
 # DeepSpeed's defaults, which cdfast leaves as they are.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
-# Rows of the chunk in which Liger compares distributions.
-KL_CHUNK = 1024
 # Rows of the output embedding that are added to its Gram matrix at once.
 GRAM_ROWS = 8192
 # Largest buffer in which the triton backend forms a student's map, a chunk of rows at a time.
@@ -253,9 +253,9 @@ def logits_chunk(
     """Bytes of the chunked losses over the vocabulary.
 
     LM: a chunk of about rows d / V logits, and the gradients of the hidden states and of a trained
-    head. KL: a chunk of 1024 to 2047 rows with both logits and five float32 tensors of that size
-    (log-probabilities, the divergence, gradients), and two gradients of the head, trained or not;
-    a teacher in another dtype is copied.
+    head. KL: a chunk of KL_ROWS with three float32 tensors of its logits, in half precision with
+    one more in that; the gradient of the hidden states, and of a trained head with the part of a
+    chunk, added in float32, or both gradients scaled; a teacher in another dtype is copied.
     """
     v, d = student.vocabulary, student.width
     chunk = min(rows, 2 ** math.ceil(math.log2(max(1.0, rows / math.ceil(v / d)))))
@@ -264,8 +264,10 @@ def logits_chunk(
     if teacher is None:
         return float(lm)
     shared = min(v, teacher.vocabulary)
-    chunk = math.ceil(rows / max(1, rows // KL_CHUNK))
-    kl = chunk * shared * (2 * itemsize + 20) + 2 * itemsize * shared * d + itemsize * rows * d
+    logits = min(rows, KL_ROWS) * shared * (12 + (itemsize if itemsize < 4 else 0))
+    summed = shared * d * (itemsize + 4 * (rows > KL_ROWS)) * head_trained
+    scaled = 2 * itemsize * (rows * d + shared * d * head_trained)
+    kl = max(logits + itemsize * rows * d + summed, scaled)
     if itemsize != teacher_itemsize:
         kl += itemsize * shared * teacher.width
     # The gradients of the LM loss are kept beside it.

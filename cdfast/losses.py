@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-# Rows of teacher logits, and of the output embedding in float32, that are held at once.
+# Rows of logits, and of the output embedding in float32, that are held at once.
+KL_ROWS = 512
 _ENTROPY_ROWS = 256
 _GRAM_ROWS = 8192
 
@@ -68,37 +69,88 @@ def kl_loss_sum(
     """Sum over rows of KL(teacher || student) of the next-token distributions.
 
     Vocabularies of unequal size are compared on their shared leading part: both distributions are
-    renormalised over its tokens.
+    renormalised over its tokens. Logits are matrix products in the student's dtype (under autocast
+    in its dtype); softmax, divergence and the gradient of the logits are in float32, the rows a
+    chunk of KL_ROWS at a time. Gradients are made in the forward, so no logits are kept.
 
     Args:
         student_hidden: (R, d_s); student_weight: (V_s, d_s).
         teacher_hidden: (R, d_t); teacher_weight: (V_t, d_t), both without gradient.
 
     Returns:
-        Scalar, 0 for R = 0 but connected to the graph.
+        Scalar, float32 (float64 of float64), 0 for R = 0 but connected to the graph.
 
-    Source: paper, logit distillation on answer tokens; the chunked loss is Liger's.
+    Source: paper, logit distillation on answer tokens.
     """
-    rows = student_hidden.shape[0]
-    if rows == 0:
+    if student_hidden.shape[0] == 0:
         return student_hidden.sum() * 0.0 + student_weight.sum() * 0.0
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
     shared = min(student_weight.shape[0], teacher_weight.shape[0])
-    # Its defaults mix in half a cross-entropy and a symmetric divergence; beta = 0 is the forward
-    # KL.
-    loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
+    device, dtype = student_hidden.device.type, student_hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    loss: Tensor = _ChunkedKL.apply(
+        student_hidden.to(dtype),
+        student_weight[:shared].to(dtype),
+        teacher_hidden.detach().to(dtype),
+        teacher_weight[:shared].detach().to(dtype),
+        torch.is_grad_enabled(),
     )
-    no_labels = torch.zeros(rows, dtype=torch.long, device=student_hidden.device)
-    mean = loss(
-        student_hidden,
-        student_weight[:shared],
-        teacher_hidden.to(student_hidden.dtype),
-        teacher_weight[:shared].to(student_hidden.dtype),
-        no_labels,
-    )
-    return mean * rows  # it divides by the local row count; the trainer divides by the global one
+    return loss
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """Sum of KL(softmax(h_t W_t^T) || softmax(h_s W_s^T)), all in one dtype.
+
+    d/d logits_s = softmax(logits_s) - softmax(logits_t), because the teacher's sum to 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        with_grad: bool,
+    ) -> Tensor:
+        of_hidden, of_weight = (needed and with_grad for needed in ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if of_hidden else None
+        d_weight: Tensor | None = None
+        total = torch.zeros((), dtype=_wide(hidden).dtype, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for begin in range(0, len(hidden), KL_ROWS):
+                rows = slice(begin, begin + KL_ROWS)
+                loss, gradient = _kl_of_chunk(
+                    hidden[rows], weight, teacher_hidden[rows], teacher_weight
+                )
+                total += loss
+                if d_hidden is not None:
+                    torch.mm(gradient, weight, out=d_hidden[rows])
+                if of_weight:
+                    part = gradient.T @ hidden[rows]
+                    # Chunks are added in float32: in half precision each addition would round.
+                    d_weight = part if d_weight is None else _wide(d_weight).add_(part)
+                del gradient  # before the next chunk is made
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = (d if d is None else d * d_total for d in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, None
+
+
+def _kl_of_chunk(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The divergence summed over rows, and its gradient in the student's logits, in their dtype."""
+    # One expression each, so that no more than three float32 tensors of (rows, V) exist.
+    log_p = _wide(F.linear(teacher_hidden, teacher_weight)).log_softmax(-1)
+    log_q = _wide(F.linear(hidden, weight)).log_softmax(-1)
+    p = log_p.exp()
+    loss = log_p.sub_(log_q).mul_(p).sum()
+    return loss, log_q.exp_().sub_(p).to(hidden.dtype)
 
 
 def soft_cross_entropy_sum(

@@ -27,7 +27,7 @@ TINY = [*TINY.split(), "--tokens", "20", "--answer", "7", "--rounds", "1", "--st
 @pytest.fixture(autouse=True, scope="module")
 def quick_collection():
     """Measuring memory collects garbage, half a second each time with transformers loaded."""
-    import liger_kernel.chunked_loss  # noqa: F401
+    import cdfast.losses  # noqa: F401
 
     gc.collect()
     gc.freeze()
@@ -152,27 +152,6 @@ def test_no_case_begins_after_the_budget(tmp_path):
     found = json.loads(path.read_text())
     assert found["cases"] == []
     assert found["not_measured"] == [case.name for case in logit_losses.cpu_cases(False)]
-
-
-@pytest.mark.parametrize("rows, at_once", [(64, 64), (2047, 2047), (2048, 1024), (3000, 1500)])
-def test_rows_at_once_are_those_that_liger_takes(rows, at_once, monkeypatch):
-    from liger_kernel.chunked_loss import jsd_loss
-
-    from cdfast.losses import kl_loss_sum
-
-    case = logit_losses.Case(rows, rows, 8, 4, 4, "fp32")
-    assert logit_losses.rows_at_once(case) == at_once
-    seen = []
-    loss = jsd_loss.LigerFusedLinearJSDFunction.distillation_loss_fn
-
-    def spy(student, *args, **kwargs):
-        seen.append(len(student))
-        return loss(student, *args, **kwargs)
-
-    monkeypatch.setattr(jsd_loss.LigerFusedLinearJSDFunction, "distillation_loss_fn", spy)
-    kl_loss_sum(torch.randn(rows, 4, requires_grad=True), *torch.randn(3, 8, 4).unbind()[:1],
-                torch.randn(rows, 4), torch.randn(8, 4))  # fmt: skip
-    assert max(seen) == at_once
 
 
 def test_the_text_says_where_chunked_is_slower_larger_or_less_exact():

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cdfast.losses import KL_ROWS as CHUNK
 from cdfast.losses import answer_rows, kl_loss_sum, lm_loss_sum, next_labels, unshifted_rows
 
 TOLERANCE = 1e-5  # relative, float32 against float64
-CHUNK = 1024  # rows that Liger's chunked loss takes at once
+BUDGET = 3  # times the error of eager PyTorch
 WIDTH, TEACHER_WIDTH, VOCAB = 12, 20, 37
 
 
@@ -93,6 +94,55 @@ def test_kl_loss_of_equal_distributions_is_zero():
     loss = kl_loss_sum(hidden, weight, hidden.detach(), weight.detach())
     assert abs(loss.item()) < 1e-5
     assert all(g.abs().max() < 1e-5 for g in torch.autograd.grad(loss, [hidden, weight]))
+
+
+def close_pair(rows, dtype):
+    """Student and teacher whose distributions are nearly equal, as at the end of a training."""
+    hidden, weight = normal(rows, 64, seed=1), normal(500, 64, seed=2, scale=0.2)
+    other = hidden + 0.1 * normal(rows, 64, seed=3)
+    return [x.to(dtype) for x in (hidden, weight, other, weight)]
+
+
+def eager_kl(hidden, weight, teacher_hidden, teacher_weight):
+    s = F.linear(hidden, weight).float().log_softmax(-1)
+    t = F.linear(teacher_hidden, teacher_weight).float().log_softmax(-1)
+    return (t.exp() * (t - s)).sum()
+
+
+@pytest.mark.parametrize("rows", [40, 2 * CHUNK + 77])
+@pytest.mark.parametrize("form", ["bf16", "autocast"])
+def test_kl_loss_in_half_precision_is_as_exact_as_eager_with_a_float32_softmax(form, rows):
+    tensors = close_pair(rows, torch.float32 if form == "autocast" else torch.bfloat16)
+    want, want_grads = reference(lambda h, w: plain_kl(h, w, *tensors[2:]), *tensors[:2])
+
+    def errors(loss):
+        leaves = [x.detach().requires_grad_() for x in tensors[:2]]
+        with torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+            value = loss(*leaves, *tensors[2:])
+        # The trainer divides by its counts afterwards.
+        grads = torch.autograd.grad(value / 7, leaves)
+        return [
+            abs(value.item() / want.item() - 1),
+            *(relative_error(7 * g, w) for g, w in zip(grads, want_grads)),
+        ]
+
+    for ours, eager in zip(errors(kl_loss_sum), errors(eager_kl)):
+        assert ours <= BUDGET * eager + TOLERANCE
+
+
+def test_kl_loss_makes_only_the_gradients_that_are_needed():
+    hidden, weight = student_tensors(9)
+    teacher = teacher_tensors(9)
+    want = torch.autograd.grad(kl_loss_sum(hidden, weight, *teacher), [hidden, weight])
+    for chosen, other in ((hidden, weight), (weight, hidden)):
+        loss = kl_loss_sum(*(x if x is chosen else x.detach() for x in (hidden, weight)), *teacher)
+        kept = [x for x in loss.grad_fn.saved_tensors if x is not None]
+        assert len(kept) == 1
+        [got] = torch.autograd.grad(loss, [chosen])
+        assert torch.equal(got, want[0] if chosen is hidden else want[1])
+        assert other.grad is None
+    with torch.no_grad():
+        assert not kl_loss_sum(hidden, weight, *teacher).requires_grad
 
 
 def test_kl_loss_takes_a_teacher_in_bf16():
