@@ -231,7 +231,9 @@ class Recipe:
     workers: int = _option(1, "Data loader processes per rank.", at_least=0)
 
     preset: str = _option("paper", "Alignment preset: paper or official.")
-    objective: str | None = _option(None, "row, map, pooled, mse or kl; default: the preset's.")
+    objective: str | None = _option(
+        None, "row, map, pooled, mse, kl or pooled_stored; default: the preset's."
+    )
     matching: str | None = _option(None, "group, simple or adaptive; default: the preset's.")
     layers: str | None = _option(None, "early, intermediate, later or all; default: the preset's.")
     layer_reduction: str | None = _option(None, "mean or sum over layers; default: the preset's.")
