@@ -214,6 +214,11 @@ class Recipe:
     )
     dtype: str = _option("float32", "Student parameters: float32 or bfloat16.")
     teacher_dtype: str = _option("float32", "Teacher parameters: float32, bfloat16 or float16.")
+    teacher_targets: str | None = _option(
+        None,
+        "Folder of targets that cdfast.targets has stored: they stand in for the teacher, which is "
+        "not loaded for training.",
+    )
     trust_remote_code: bool = _option(False, "Allow checkpoints to bring their own code.")
 
     data: list[str] = _option(
