@@ -462,7 +462,9 @@ def stored_for(run: Run, number: int, student: Any, data: Any) -> tuple[Any, dic
     if not (stage.needs_teacher and recipe.teacher_targets):
         return data, {}
     model = unwrap_model(student)
-    aligner = stored_aligner(recipe, model) if stage.alignment_weight else None
+    # Also where a later stage aligns attention: other layers must not show when that one begins.
+    aligned = any(later.alignment_weight for later in recipe.stages)
+    aligner = stored_aligner(recipe, model) if aligned else None
     targets = open_targets(recipe, number, data, run.processor, model, aligner)
     return WithStoredTargets(data, targets), {"aligner": aligner, "stored_targets": targets}
 

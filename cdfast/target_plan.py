@@ -284,12 +284,13 @@ def matches_as_json(aligner: VisualAttentionAligner | None) -> dict[str, list[in
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs, in words; of nested facts the innermost."""
+    """What of `wanted` differs, in words; of nested facts the innermost, on either side."""
     found = []
     for name, value in wanted.items():
         there = stored.get(name)
         if isinstance(value, Mapping) and isinstance(there, Mapping):
-            found += [f"{name}, {text}" for text in differences(there, value)]
+            both = {**dict.fromkeys(there), **value}
+            found += [f"{name}, {text}" for text in differences(there, both)]
         elif there != value:
             found.append(f"{name}: {there!r} there, {value!r} here")
     return found
@@ -327,9 +328,8 @@ def open_targets(
     Args:
         number: of the stage, from 1.
         data_set: its encoded samples.
-        student: as it is trained; None, before there is one, leaves out what it decides: the shared
-            vocabulary and the matched layers.
-        aligner: of the stage; None where it does not align attention.
+        student: as it is trained; None, before there is one, leaves out the shared vocabulary.
+        aligner: of the run, None where no stage aligns attention; it too is left out before.
 
     Raises:
         ConfigError: what differs, by name; or targets that are missing or not whole.
@@ -345,7 +345,7 @@ def open_targets(
     if KL in parts and student is not None:
         head: Any = student.get_output_embeddings()
         wanted["vocabulary"] = shared_vocabulary(recipe, head.weight.shape[0])
-    if ALIGNMENT in parts and student is not None:
+    if aligner is not None:
         wanted["matched layers"] = matches_as_json(aligner)
     facts = json.loads(json.dumps(data_facts(recipe, number, data_set)))
     near = min(index["data"], key=lambda entry: len(differences(entry["facts"], facts)))

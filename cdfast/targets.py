@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,8 @@ def print_estimate(run: Run, sets: Sequence[DataSet], layers: int, options: Opti
         box=SIMPLE_HEAD,
     )
     for heading in ("stages", "samples", "answer rows", "visual tokens", *names, "total"):
-        table.add_column(heading, justify="left" if heading == "stages" else "right")
+        justify: Any = "left" if heading == "stages" else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading == "stages")
     total = 0.0
     for one in sets:
         size = one.bytes(layers, options)
@@ -169,7 +170,7 @@ def print_estimate(run: Run, sets: Sequence[DataSet], layers: int, options: Opti
             shown_bytes(sum(size.values())),
         )
     console = Console()
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 120)
     console.print(table)
     print(
         "answer rows and visual tokens are means of "
@@ -510,7 +511,9 @@ def _recipe(argv: Sequence[str]) -> Recipe:
             )
     assert recipe is not None
     recipe.check_runnable()
-    return recipe
+    check_storable(recipe)
+    # What concerns the student's training would ask for a launcher, or for these very targets.
+    return replace(recipe, teacher_targets=None, zero_stage=0, offload_optimizer=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -518,7 +521,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         options, rest = _options(sys.argv[1:] if argv is None else argv)
         recipe = _recipe(rest)
-        check_storable(recipe)
         state = PartialState(cpu=not torch.cuda.is_available())
         run = Run(recipe, options.folder, load_processor(recipe), state)
         check_stages(run)
