@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -421,12 +421,12 @@ def write_targets(run: Run, options: Options) -> None:
     if (options.folder / INDEX_FILE).exists():
         check_same_index(index, options.folder)
     state.wait_for_everyone()
-    missing = [(one, shard) for one in sets for shard in one.plan.shards]
-    of = len(missing)
-    missing = [(one, shard) for one, shard in missing if not _is_whole(run, one, shard, options)]
-    state.wait_for_everyone()
+    shards = [(one, shard) for one in sets for shard in one.plan.shards]
+    looked_at = range(state.process_index, len(shards), state.num_processes)
+    own = [n for n in looked_at if not _is_whole(*shards[n], options)]
+    missing = [shards[n] for n in sorted(gather_object(own))]
     if state.is_main_process:
-        check_space(total * len(missing) / of, options.folder)
+        check_space(total * len(missing) / len(shards), options.folder)
         (options.folder / "shards").mkdir(parents=True, exist_ok=True)
         write_text(options.folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     state.wait_for_everyone()
@@ -438,18 +438,19 @@ def write_targets(run: Run, options: Options) -> None:
                 make_shard(run, maker, one, shard, advance)
     state.wait_for_everyone()
     size = sum(p.stat().st_size for p in (options.folder / "shards").glob("*.safetensors"))
-    run.say(f"{of} shards in {options.folder}, {shown_bytes(size)}; {of - len(missing)} kept")
+    kept = len(shards) - len(missing)
+    run.say(f"{len(shards)} shards in {options.folder}, {shown_bytes(size)}; {kept} kept")
     run.say(f"train with the same options and --teacher-targets {options.folder}")
 
 
-def _is_whole(run: Run, one: DataSet, shard: int, options: Options) -> bool:
+def _is_whole(one: DataSet, shard: int, options: Options) -> bool:
     """Whether a finished shard can be kept; says why not."""
     path = shard_path(options.folder, one.plan.data_set, shard)
     if not path.exists():
         return False
     problem = shard_problem(path, len(one.plan.indices(shard)), content=True)
     if problem:
-        run.say(f"{path}: {problem}: made again")
+        print(f"{path}: {problem}: made again", flush=True)
     return problem is None
 
 

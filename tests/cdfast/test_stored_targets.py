@@ -11,15 +11,25 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from cdfast import DistillationConfig, DistillationTrainer, stages, targets
 from cdfast.adapters import vision_tower
+from cdfast.aligner import AlignmentTargets, VisualAttentionAligner
 from cdfast.collator import VisionTextCollator
 from cdfast.config import ConfigError, load_recipe, override
 from cdfast.data import DataError
-from cdfast.distill import LossOptions
+from cdfast.distill import (
+    LossOptions,
+    StudentTask,
+    TeacherOutput,
+    TeacherTask,
+    student_step,
+    teacher_step,
+)
 from cdfast.losses import answer_rows
+from cdfast.pooled_vectors import PooledVectors
+from cdfast.similarity import model_inputs
 from cdfast.stored_targets import (
     ALIGNMENT,
     KL,
@@ -30,8 +40,10 @@ from cdfast.stored_targets import (
     shard_problem,
     write_shard,
 )
+from cdfast.synthetic import EncodedScenes, SceneDataset, teacher_path
 from cdfast.target_plan import check_storable, map_bytes, measure_samples, stored_bytes
 from cdfast.targets import Options, TargetMaker
+from cdfast.top_k import TopK, top_k_of
 from cdfast.train import main as train
 from cdfast.trainer import LayoutCollator, unwrap_model
 from tests.cdfast.command import options as photo_options
@@ -208,6 +220,39 @@ def test_samples_without_their_targets_are_refused(half, online_aligner, tmp_pat
         stored.train()
     with pytest.raises(ValueError, match="aligner: expected one beside stored_targets"):
         trainer(tmp_path, half)
+
+
+def test_float16_is_enough_on_the_embedded_teachers():
+    """Losses of one embedded teacher as the student of the other."""
+    teacher, student = (
+        AutoModelForImageTextToText.from_pretrained(teacher_path(name)).eval()
+        for name in ("miniature", "miniature-unprivileged")
+    )
+    processor = AutoProcessor.from_pretrained(teacher_path("miniature"))
+    aligner = VisualAttentionAligner(teacher, student, objective="pooled_stored")
+    samples = EncodedScenes(SceneDataset(size=8), processor)
+    collate = LayoutCollator(VisionTextCollator(0), aligner.image_token_id)
+    batch = collate([samples[i] for i in range(8)])
+    inputs = {k: v for k, v in model_inputs(batch).items() if k != "labels"}
+    common, losses = (batch["labels"], batch["layout"]), LossOptions(frozenset({"kl"}))
+    made = teacher_step(teacher, inputs, TeacherTask(*common, aligner, losses))
+    vocabulary = len(made.weight)
+
+    def both(k, dtype):
+        top = top_k_of(made.hidden["answer"], made.weight, vocabulary, k)
+        top = TopK(top.indices, top.log_probs.to(dtype), vocabulary)
+        maps = {n: PooledVectors(m.data.to(dtype).float()) for n, m in made.targets.maps.items()}
+        targets = AlignmentTargets(maps, batch["layout"])
+        output = TeacherOutput(targets, hidden={}, weight=None, top_k=top)
+        with torch.no_grad():
+            return student_step(student, inputs, StudentTask(*common, output, aligner, losses))
+
+    exact, rounded = both(16, torch.float32), both(16, torch.float16)
+    full = both(vocabulary, torch.float32)
+    for name in ("kl", "alignment"):
+        assert rounded[name].item() == pytest.approx(exact[name].item(), rel=1e-5)
+        assert exact[name] > 0.1
+    assert 0.99 * full["kl"] < exact["kl"] < full["kl"]
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -463,6 +508,7 @@ def test_command_is_interrupted_and_goes_on(command, capsys, monkeypatch):
     assert re.search(r"holds targets of something else: top k: \d+ there, 5 here", error)
 
 
+@pytest.mark.slow
 def test_run_without_the_teacher_is_the_run_with_it(command, tmp_path, monkeypatch):
     arguments, made, folder = command
     if not (folder / "targets").exists():
