@@ -28,8 +28,8 @@ from cdfast.distill import (
     teacher_step,
 )
 from cdfast.losses import answer_rows
-from cdfast.pooled_vectors import PooledVectors
-from cdfast.similarity import model_inputs
+from cdfast.pooled_vectors import PooledVectors, pool_map
+from cdfast.similarity import model_inputs, visual_maps
 from cdfast.stored_targets import (
     ALIGNMENT,
     KL,
@@ -50,7 +50,14 @@ from tests.cdfast.command import options as photo_options
 from tests.cdfast.command import refused
 from tests.cdfast.samples import TinySamples
 from tests.cdfast.test_trainer import relative_change, state
-from tests.cdfast.tiny_models import IMAGE_TOKEN, NUM_VISUAL, VOCAB, tiny_llava, tiny_teacher
+from tests.cdfast.tiny_models import (
+    IMAGE_TOKEN,
+    NUM_VISUAL,
+    VOCAB,
+    tiny_batch,
+    tiny_llava,
+    tiny_teacher,
+)
 
 SAMPLES, PER_SHARD = 8, 3
 TOLERANCE = 1e-5
@@ -159,6 +166,23 @@ def test_step_from_stored_targets_is_the_teachers(options, whole, online_aligner
         assert got[name] == pytest.approx(want[name], rel=TOLERANCE), name
         assert want[name] > 0.02
     assert relative_change(state(stored.model), state(online.model), start) <= TOLERANCE
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_loss_of_a_layer_is_the_cosine_of_what_is_left_of_its_map(padding, online_aligner):
+    """The student's attention as the model computes it, its map pooled as a teacher's."""
+    aligner, batch = online_aligner, tiny_batch(padding=padding, images="mixed")
+    layout = aligner.layout(batch)
+    with torch.no_grad():
+        _, made = aligner.teacher_forward(**batch)
+        _, alignment = aligner.student_forward(made, **batch)
+    maps = visual_maps(aligner.student, batch, layout)
+    sizes = layout.visual.sum(1).tolist()
+    for layer, loss in alignment.per_layer.items():
+        pooled = [v.data.split(sizes)[:2] for v in (pool_map(maps[layer]), made.maps[layer])]
+        want = sum(1 - torch.cosine_similarity(s, t, dim=0) for s, t in zip(*pooled, strict=True))
+        assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+        assert want > 0.02
 
 
 def test_unshifted_rows(online_aligner, tmp_path):
