@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cdfast.aligner import PRESETS, VisualAttentionAligner
 from cdfast.config import ConfigError, Recipe, StageRecipe
+from cdfast.engine import unsharded_loading
 from cdfast.losses import answer_rows, unshifted_rows
 from cdfast.manifest import describe
 from cdfast.models import load_config, teacher_source
@@ -301,7 +302,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 def stored_aligner(recipe: Recipe, student: PreTrainedModel) -> VisualAttentionAligner:
     """The aligner of a stage that reads targets: its teacher has no weights."""
-    with torch.device("meta"):
+    with unsharded_loading(), torch.device("meta"):
         teacher = AutoModelForImageTextToText.from_config(teacher_config(recipe))
     return VisualAttentionAligner(
         teacher,
