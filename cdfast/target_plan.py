@@ -1,4 +1,4 @@
-"""What stored targets are of: what can be stored, how large it gets, and what must agree later.
+"""What stored targets are of: what can be stored, and what must agree later.
 
 A teacher's targets hold for the teacher, the processor, the data, the vocabulary and the matched
 layers that they were made with. All of this is written beside them and compared before a run that
@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,14 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from cdfast.aligner import PRESETS, VisualAttentionAligner
 from cdfast.config import ConfigError, Recipe, StageRecipe
 from cdfast.engine import unsharded_loading
-from cdfast.losses import answer_rows, unshifted_rows
 from cdfast.manifest import describe
 from cdfast.models import load_config, teacher_source
 from cdfast.pooled_vectors import STORED_OBJECTIVE
 from cdfast.stored_targets import ALIGNMENT, KL, ShardPlan, StoredTargets, read_index
+from cdfast.target_sizes import map_bytes
 from cdfast.terms import TEACHER_WEIGHTS
 
-# Samples of a data set that are encoded for the estimate.
-MEASURED_SAMPLES = 64
 _STORABLE = {"kl_weight": KL, "alignment_weight": ALIGNMENT}
-# Hashes of 8 bytes, two; counts of 4 bytes, two.
-_BYTES_PER_SAMPLE = 24
-_INDEX_BYTES = 4
 _PICTURE_OPTIONS = (
     *("size", "crop_size", "image_mean", "image_std", "rescale_factor", "patch_size", "resample"),
     *("do_resize", "do_center_crop", "do_rescale", "do_normalize", "image_grid_pinpoints"),
@@ -109,65 +104,6 @@ def _size_of_maps(recipe: Recipe) -> str:
         f": up to {size:.1f} MiB in float16 for each matched layer of a sample of {visual} visual "
         f"and at most {recipe.max_length} tokens"
     )
-
-
-# -- sizes -----------------------------------------------------------------------------------------
-
-
-def stored_bytes(
-    samples: float,
-    answer_rows: float,
-    visual_tokens: float,
-    *,
-    layers: int,
-    top_k: int,
-    itemsize: int,
-) -> dict[str, float]:
-    """Bytes on disk of each part of the targets, without some kilobytes of headers.
-
-    Args:
-        samples: of the data set.
-        answer_rows: per sample, on average; 0 where no stage has the logit loss.
-        visual_tokens: per sample, on average.
-        layers: aligned student layers; 0 where no stage aligns attention.
-        top_k: tokens per row.
-        itemsize: bytes of a log-probability and of a vector's entry: 2 or 4.
-    """
-    return {
-        "tokens": samples * answer_rows * top_k * _INDEX_BYTES,
-        "log-probs": samples * answer_rows * (top_k + 1) * itemsize,
-        "vectors": samples * visual_tokens * layers * itemsize,
-        "per sample": samples * _BYTES_PER_SAMPLE,
-    }
-
-
-def map_bytes(tokens: float, visual_tokens: float, *, layers: int) -> float:
-    """Bytes of one sample's whole maps in float16: what is not stored."""
-    return layers * tokens * visual_tokens * 2
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What some samples, spread over a data set, say about all of it."""
-
-    samples: int
-    looked_at: int
-    answer_rows: float
-    visual_tokens: float
-
-
-def measure_samples(data_set: Any, image_token_id: int, kl_rows: str) -> Measured:
-    """Mean answer rows and visual tokens of up to `MEASURED_SAMPLES` samples, evenly spread."""
-    total = len(data_set)
-    looked_at = min(total, MEASURED_SAMPLES)
-    rows = visual = 0
-    for n in range(looked_at):
-        sample = data_set[n * total // looked_at]
-        labels = sample["labels"][None]
-        chosen = unshifted_rows(labels) if kl_rows == "unshifted" else answer_rows(labels)
-        rows += int(chosen.sum())
-        visual += int((sample["input_ids"] == image_token_id).sum())
-    return Measured(total, looked_at, rows / looked_at, visual / looked_at)
 
 
 # -- what must agree -------------------------------------------------------------------------------
@@ -304,6 +240,13 @@ def stored_aligner(recipe: Recipe, student: PreTrainedModel) -> VisualAttentionA
     """The aligner of a stage that reads targets: its teacher has no weights."""
     with unsharded_loading(), torch.device("meta"):
         teacher = AutoModelForImageTextToText.from_config(teacher_config(recipe))
+    return recipe_aligner(recipe, teacher, student)
+
+
+def recipe_aligner(
+    recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
+) -> VisualAttentionAligner:
+    """The aligner that a recipe asks for."""
     return VisualAttentionAligner(
         teacher,
         student,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +22,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
@@ -38,11 +36,9 @@ from cdfast.collator import VisionTextCollator
 from cdfast.command_line import parse_command_line
 from cdfast.config import ConfigError, Recipe
 from cdfast.data import DataError
-from cdfast.distill import LossOptions, TeacherTask, loss_rows, teacher_step
+from cdfast.distill import LossOptions
 from cdfast.dry_run import meta_model, model_configs
 from cdfast.models import load_model, load_processor, teacher_source
-from cdfast.pooled_vectors import PooledVectors
-from cdfast.similarity import model_inputs
 from cdfast.stages import Run, check_stages, stage_arguments, stage_dataset, user_errors
 from cdfast.storage import CheckpointError, write_text
 from cdfast.stored_targets import (
@@ -51,34 +47,36 @@ from cdfast.stored_targets import (
     INDEX_FILE,
     KL,
     ShardPlan,
-    content_hash,
     read_index,
     shard_path,
     shard_problem,
-    source_hash,
     write_shard,
 )
+from cdfast.target_maker import TargetMaker
 from cdfast.target_plan import (
-    Measured,
     check_storable,
     common_facts,
     data_facts,
     differences,
     kl_rows,
     matches_as_json,
-    measure_samples,
     parts_of,
+    recipe_aligner,
     require_length,
     shared_vocabulary,
+)
+from cdfast.target_sizes import (
+    Measured,
+    check_space,
+    free_bytes,
+    measure_samples,
+    shown_bytes,
     stored_bytes,
 )
-from cdfast.top_k import top_k_of
 from cdfast.trainer import LayoutCollator
 
 DTYPES = ("float16", "float32")
 SAMPLES_PER_SHARD = 1024
-# Of the estimated size that must be free: the mean of some samples is not the mean of all.
-_MARGIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -176,36 +174,8 @@ def print_estimate(run: Run, sets: Sequence[DataSet], layers: int, options: Opti
         "answer rows and visual tokens are means of "
         f"{', '.join(str(d.measured.looked_at) for d in sets)} samples, evenly spread"
     )
-    print(f"in all: {shown_bytes(total)}; free: {shown_bytes(_free(options.folder))}")
+    print(f"in all: {shown_bytes(total)}; free: {shown_bytes(free_bytes(options.folder))}")
     return total
-
-
-def shown_bytes(size: float) -> str:
-    """Bytes in the largest unit that leaves at least two digits."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 10 * 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:,.0f} {units[0]}"
-
-
-def _free(folder: Path) -> int:
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(nearest).free
-
-
-def check_space(needed: float, folder: Path) -> None:
-    """Refuse to begin what does not fit.
-
-    Raises:
-        ConfigError: the estimated size with its margin is not free.
-    """
-    free = _free(folder)
-    if needed * _MARGIN > free:
-        raise ConfigError(
-            f"targets-dir: expected {shown_bytes(needed * _MARGIN)} free for {folder}, the "
-            f"estimate of what is missing and {_MARGIN - 1:.0%}; got {shown_bytes(free)}. Free "
-            "space, give a smaller --top-k, or another --targets-dir."
-        )
 
 
 def index_of(
@@ -266,71 +236,6 @@ def check_same_index(index: dict[str, Any], folder: Path) -> None:
 # -- the teacher -----------------------------------------------------------------------------------
 
 
-@dataclass
-class TargetMaker:
-    """The teacher, and what is asked of it."""
-
-    teacher: PreTrainedModel
-    aligner: VisualAttentionAligner | None
-    losses: LossOptions
-    vocabulary: int
-    options: Options
-    device: torch.device
-    autocast: torch.dtype | None
-
-    def batch(self, batch: dict[str, Any], parts: set[str]) -> dict[str, Tensor]:
-        """The tensors of a shard, of the samples of one batch; see stored_targets.py."""
-        labels, mask, sources = batch["labels"], batch["attention_mask"].bool(), batch["sample_ids"]
-        contents = [
-            content_hash(ids[live], label[live])
-            for ids, live, label in zip(batch["input_ids"], mask, labels, strict=True)
-        ]
-        rows = loss_rows(self.losses.rows("kl"), labels, batch["layout"]).sum(1)
-        tensors = {
-            "source": torch.tensor([source_hash(source) for source in sources]),
-            "content": torch.tensor(contents),
-            "answer_rows": rows.to(torch.int32),
-            "visual_tokens": batch["layout"].visual.sum(1).to(torch.int32),
-        }
-        wanted = self.aligner if ALIGNMENT in parts else None
-        losses = self.losses if KL in parts else LossOptions()
-        moved = send_to_device(batch, self.device)
-        inputs = {k: v for k, v in model_inputs(moved).items() if k != "labels"}
-        task = TeacherTask(moved["labels"], moved["layout"], wanted, losses)
-        dtype = self.autocast
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output = teacher_step(self.teacher, inputs, task)
-        stored = getattr(torch, self.options.dtype)
-        if output.weight is not None:
-            hidden = output.hidden[losses.rows("kl")]
-            top_k = top_k_of(hidden, output.weight, self.vocabulary, self.options.top_k)
-            tensors["indices"] = top_k.indices.to("cpu", torch.int32)
-            tensors["log_probs"] = top_k.log_probs.to("cpu", stored)
-        if output.targets is not None:
-            maps = output.targets.maps
-            vectors = [maps[n] for n in sorted(maps)]
-            data = [v.data for v in vectors if isinstance(v, PooledVectors)]
-            tensors["vectors"] = torch.stack(data, 1).to("cpu", stored)
-        _check_numbers(tensors, sources)
-        return tensors
-
-
-def _check_numbers(tensors: dict[str, Tensor], sources: Sequence[str]) -> None:
-    """Refuse targets that are no numbers; what is less likely than float16 has is -inf."""
-    for name, counts in (("log_probs", "answer_rows"), ("vectors", "visual_tokens")):
-        if name in tensors:
-            bad = tensors[name].isnan().any(1)
-            for source, part in zip(sources, bad.split(tensors[counts].tolist()), strict=True):
-                if part.any():
-                    raise DataError(
-                        source=source,
-                        field=name,
-                        expected="numbers from the teacher",
-                        got="NaN",
-                        remedy="give the teacher more range (--teacher-dtype float32 or bfloat16)",
-                    )
-
-
 def make_teacher(
     run: Run, sets: Sequence[DataSet], vocabulary: int, student: PreTrainedModel, options: Options
 ) -> TargetMaker:
@@ -345,34 +250,22 @@ def make_teacher(
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     return TargetMaker(
         teacher,
-        _aligner(recipe, teacher, student) if aligned else None,
+        recipe_aligner(recipe, teacher, student) if aligned else None,
         LossOptions(used, unshifted_kl_mask=recipe.unshifted_kl_mask),
         vocabulary,
-        options,
+        options.top_k,
+        options.dtype,
         run.state.device,
         half,
-    )
-
-
-def _aligner(
-    recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
-) -> VisualAttentionAligner:
-    return VisualAttentionAligner(
-        teacher,
-        student,
-        preset=recipe.preset,
-        matching=recipe.matching,
-        layers=recipe.layers,
-        objective=recipe.objective,
-        layer_reduction=recipe.layer_reduction,
-        backend=recipe.backend,
     )
 
 
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def make_shard(run: Run, maker: TargetMaker, one: DataSet, shard: int, progress: Any) -> None:
+def make_shard(
+    run: Run, maker: TargetMaker, one: DataSet, shard: int, folder: Path, progress: Any
+) -> None:
     """Run the teacher over the samples of a shard and write it."""
     loader = DataLoader(
         Subset(one.samples, one.plan.indices(shard)),
@@ -387,13 +280,13 @@ def make_shard(run: Run, maker: TargetMaker, one: DataSet, shard: int, progress:
         parts.append(maker.batch(batch, one.parts))
         progress(len(batch["sample_ids"]))
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    path = shard_path(maker.options.folder, one.plan.data_set, shard)
+    path = shard_path(folder, one.plan.data_set, shard)
     try:
         write_shard(path, tensors)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: cannot be written: {error} ({shown_bytes(_free(path))} free). Free space "
-            "and give the same command again: finished shards are kept."
+            f"{path}: cannot be written: {error} ({shown_bytes(free_bytes(path))} free). Free "
+            "space and give the same command again: finished shards are kept."
         ) from error
 
 
@@ -411,7 +304,7 @@ def write_targets(run: Run, options: Options) -> None:
     teacher = meta_model(teacher_config)
     sets = data_sets(run, options.per_shard, image_token_id(teacher))
     aligned = any(ALIGNMENT in one.parts for one in sets)
-    aligner = _aligner(recipe, teacher, student) if aligned else None
+    aligner = recipe_aligner(recipe, teacher, student) if aligned else None
     index = index_of(run, sets, aligner, options)
     layers = len(index["facts"]["matched layers"])
     if state.is_main_process:
@@ -435,7 +328,7 @@ def write_targets(run: Run, options: Options) -> None:
         maker = make_teacher(run, sets, index["facts"]["vocabulary"], student, options)
         with _progress(run, sum(len(one.plan.indices(s)) for one, s in mine)) as advance:
             for one, shard in mine:
-                make_shard(run, maker, one, shard, advance)
+                make_shard(run, maker, one, shard, options.folder, advance)
     state.wait_for_everyone()
     size = sum(p.stat().st_size for p in (options.folder / "shards").glob("*.safetensors"))
     kept = len(shards) - len(missing)

@@ -136,7 +136,7 @@ def test_targets_commands_are_valid(command, capsys):
 
 
 def test_sizes_of_stored_targets_are_those_of_the_formula():
-    from cdfast.target_plan import map_bytes, stored_bytes
+    from cdfast.target_sizes import map_bytes, stored_bytes
 
     page = (ROOT / "docs" / "stored-targets.md").read_text()
 

@@ -41,8 +41,9 @@ from cdfast.stored_targets import (
     write_shard,
 )
 from cdfast.synthetic import EncodedScenes, SceneDataset, teacher_path
-from cdfast.target_plan import check_storable, map_bytes, measure_samples, stored_bytes
-from cdfast.targets import Options, TargetMaker
+from cdfast.target_maker import TargetMaker
+from cdfast.target_plan import check_storable
+from cdfast.target_sizes import map_bytes, measure_samples, stored_bytes
 from cdfast.top_k import TopK, top_k_of
 from cdfast.train import main as train
 from cdfast.trainer import LayoutCollator, unwrap_model
@@ -117,10 +118,9 @@ def online_aligner(tmp_path_factory):
 
 def store(folder, aligner, top_k, dtype, parts=frozenset({KL, ALIGNMENT}), **losses):
     """Targets of the samples, in three shards."""
-    options = Options(folder, top_k, dtype, PER_SHARD, False)
     losses = LossOptions(frozenset({"kl"}), **losses)
     maker = TargetMaker(
-        aligner.teacher, aligner, losses, VOCAB, options, torch.device("cpu"), autocast=None
+        aligner.teacher, aligner, losses, VOCAB, top_k, dtype, torch.device("cpu"), autocast=None
     )
     collate, samples = LayoutCollator(VisionTextCollator(0), IMAGE_TOKEN), TinySamples(SAMPLES)
     plan = ShardPlan(0, SAMPLES, PER_SHARD)
@@ -371,16 +371,26 @@ def test_a_torn_header_is_named(broken):
         open_it()
 
 
-def test_targets_that_are_no_numbers_are_refused_by_the_samples_name(online_aligner, tmp_path):
+def test_targets_that_are_no_numbers_are_refused_by_the_samples_name():
     teacher = tiny_teacher()
     with torch.no_grad():
         teacher.lm_head.weight[4] = math.nan
-    options = Options(tmp_path, 10, "float16", PER_SHARD, False)
     losses = LossOptions(frozenset({"kl"}))
-    maker = TargetMaker(teacher, None, losses, VOCAB, options, torch.device("cpu"), None)
+    maker = TargetMaker(teacher, None, losses, VOCAB, 10, "float16", torch.device("cpu"), None)
     batch = LayoutCollator(VisionTextCollator(0), IMAGE_TOKEN)([TinySamples(2)[1]])
     with pytest.raises(DataError, match=r"tiny, sample 1: log_probs: expected numbers"):
         maker.batch(batch, {KL})
+
+
+def test_batch_without_an_image_has_rows_and_no_vectors(online_aligner):
+    losses, device = LossOptions(frozenset({"kl"})), torch.device("cpu")
+    maker = TargetMaker(
+        online_aligner.teacher, online_aligner, losses, VOCAB, 10, "float16", device, None
+    )
+    batch = LayoutCollator(VisionTextCollator(0), IMAGE_TOKEN)([TinySamples(4)[3]])
+    made = maker.batch(batch, {KL, ALIGNMENT})
+    assert made["vectors"].shape == (0, 3)
+    assert len(made["indices"]) == made["answer_rows"].item() > 0
 
 
 # -- sizes -----------------------------------------------------------------------------------------
@@ -400,7 +410,7 @@ def test_estimate_is_the_size_of_the_files(half):
 
 
 def test_samples_that_are_measured_are_spread(monkeypatch):
-    monkeypatch.setattr("cdfast.target_plan.MEASURED_SAMPLES", 4)
+    monkeypatch.setattr("cdfast.target_sizes.MEASURED_SAMPLES", 4)
     seen = []
 
     class Counted(TinySamples):
@@ -506,11 +516,11 @@ def test_command_is_interrupted_and_goes_on(command, capsys, monkeypatch):
     shards = folder / "targets" / "shards"
     make_shard, calls = targets.make_shard, []
 
-    def interrupted(run, maker, one, shard, progress):
+    def interrupted(run, maker, one, shard, *rest):
         calls.append(shard)
         if shard == 1:
             raise KeyboardInterrupt
-        make_shard(run, maker, one, shard, progress)
+        make_shard(run, maker, one, shard, *rest)
 
     monkeypatch.setattr(targets, "make_shard", interrupted)
     assert "finished shards are kept" in stopped([*arguments, *made], capsys, code=130)
