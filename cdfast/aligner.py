@@ -25,6 +25,7 @@ from cdfast.matching import (
     match_official,
     match_simple,
 )
+from cdfast.pooled_vectors import STORED_OBJECTIVE, PooledVectors, pool_map
 from cdfast.similarity import layer_similarity, matched_similarity, model_inputs, num_layers
 
 # Sizes in configurations that decide how many visual tokens a picture becomes.
@@ -37,7 +38,7 @@ _GRID_SIZES = (
     "image_grid_pinpoints",
 )
 GRID_RESAMPLINGS = ("area",)
-OBJECTIVES = ("row", "map", "pooled", "mse", "kl")
+OBJECTIVES = ("row", "map", "pooled", "mse", "kl", STORED_OBJECTIVE)
 PRESETS: dict[str, dict[str, str]] = {
     "paper": {
         "matching": "group",
@@ -58,10 +59,11 @@ PRESETS: dict[str, dict[str, str]] = {
 class AlignmentTargets:
     """What the teacher hands to the student: one map per aligned student layer, and the layout.
 
-    `sample_weight` (B,) multiplies the loss of each sample; None is 1.
+    With objective "pooled_stored" vectors in place of maps. `sample_weight` (B,) multiplies the
+    loss of each sample; None is 1.
     """
 
-    maps: dict[int, VisualMap]
+    maps: Mapping[int, VisualMap | PooledVectors]
     layout: VisualLayout
     sample_weight: Tensor | None = None
 
@@ -185,7 +187,8 @@ class VisualAttentionAligner:
             intermediate and group, sum over layers). The arguments below override it.
         matching: "group", "simple" or "adaptive" (which needs `calibrate` once).
         layers: "early", "intermediate", "later" or "all".
-        objective: "row", "map", "pooled", "mse" or "kl".
+        objective: "row", "map", "pooled", "mse" or "kl"; "pooled_stored", close to "pooled", whose
+            targets can be stored (pooled_vectors.py).
         layer_reduction: "mean" or "sum" over matched layers.
         backend: backend of `cdfast_kernels`; sdpa, flash_attn and xformers compute the attention of
             aligned layers, and the loss beside it is computed by the backend "auto".
@@ -293,6 +296,8 @@ class VisualAttentionAligner:
             layer: VisualMap.mean([context.maps[t] for t in window])
             for layer, window in self._matches().items()
         }
+        if self.objective == STORED_OBJECTIVE:
+            return AlignmentTargets({n: pool_map(m) for n, m in maps.items()}, context.layout)
         return AlignmentTargets(maps, context.layout)
 
     def student_context(self, targets: AlignmentTargets) -> AlignmentContext:

@@ -132,6 +132,8 @@ def unavailable(main: Recipe, recipe: Recipe) -> str | None:
         return "there are no questions to ask: give --evaluate miniature, or --eval-data FILE."
     if recipe.teacher is None:
         return "there is no teacher to compare with."
+    if recipe.teacher_targets:
+        return "the run had a teacher's stored targets (cdfast.analyze compares with a teacher)."
     return None
 
 

@@ -61,7 +61,8 @@ class DistillationConfig(TrainingArguments):
         default="paper", metadata={"help": "Alignment preset: 'paper' or 'official'."}
     )
     objective: str | None = field(
-        default=None, metadata={"help": "row, map, pooled, mse or kl; default: the preset's."}
+        default=None,
+        metadata={"help": "row, map, pooled, mse, kl or pooled_stored; default: the preset's."},
     )
     matching: str | None = field(
         default=None, metadata={"help": "group, simple or adaptive; default: the preset's."}

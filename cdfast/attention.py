@@ -33,6 +33,8 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
+from cdfast.pooled_vectors import PooledVectors, pooled_vector_loss
+
 ATTENTION_NAME = "cdfast"
 
 # Models that let the tokens of an image (PaliGemma: and of the prompt) see keys behind their own
@@ -75,7 +77,8 @@ class AlignmentContext:
         backend: backend of `cdfast_kernels` for aligned layers; with sdpa, flash_attn or xformers
             the map or the loss is computed beside that attention, by the backend "auto".
         map_layers: layers whose visual attention map is collected into `maps` (teacher).
-        targets: student layer -> teacher target; such a layer returns its loss into `losses`.
+        targets: student layer -> teacher target, a map or, with objective "pooled_stored", vectors;
+            such a layer returns its loss into `losses`.
         sample_weight: (B,) for the aligner, which multiplies the losses by it.
         probes: layer -> what is called with its fused attention (analysis; no other use of it).
     """
@@ -89,7 +92,7 @@ class AlignmentContext:
         objective: str = "row",
         backend: str = "auto",
         map_layers: frozenset[int] = frozenset(),
-        targets: Mapping[int, VisualMap] | None = None,
+        targets: Mapping[int, VisualMap | PooledVectors] | None = None,
         sample_weight: Tensor | None = None,
         probes: Mapping[int, Probe] | None = None,
     ):
@@ -179,7 +182,11 @@ def cdfast_attention_forward(
             "{'use_reentrant': False}."
         )
     options |= {"objective": alignment.objective, "reduction": "none"}
-    if beside:
+    if isinstance(target, PooledVectors):
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        out, lse = flash_attention(q, k, v, **attention)
+        loss = pooled_vector_loss(q, k, lse, target, layout, scale)
+    elif beside:
         out, lse = flash_attention(q, k, v, **attention)
         loss = visual_alignment_loss(q, k, lse, target, layout, **options)
     else:

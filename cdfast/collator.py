@@ -49,7 +49,8 @@ class VisionTextCollator:
             `input_ids`, `attention_mask`, `labels` (B, N) int64; the image tensors of all samples
             concatenated along dim 0 (no such key when no sample has an image); extras, and
             `segment_ids` and `position_ids` where every sample has them, (B, N); `sample_ids`, the
-            samples' sources. Of B pairs a batch has 2B rows, all chosen answers and then all
+            samples' sources; `stored_targets` of the samples that carry them, one after the other.
+            Of B pairs a batch has 2B rows, all chosen answers and then all
             rejected ones in the same order, and `pairs`, the number B.
 
         Raises:
@@ -80,6 +81,9 @@ class VisionTextCollator:
             batch["position_ids"] = self._pad([s["position_ids"] for s in samples], length, 0)
             batch["segment_ids"] = self._pad([s["segment_ids"] for s in samples], length, 0)
         batch |= _images(samples)
+        if any("stored_targets" in sample for sample in samples):
+            stored = [sample["stored_targets"] for sample in samples]
+            batch["stored_targets"] = {n: torch.cat([s[n] for s in stored]) for n in stored[0]}
         batch["sample_ids"] = sources
         if rejected:
             batch["pairs"] = len(rejected)

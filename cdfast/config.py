@@ -223,6 +223,11 @@ class Recipe:
     )
     dtype: str = _option("float32", "Student parameters: float32 or bfloat16.")
     teacher_dtype: str = _option("float32", "Teacher parameters: float32, bfloat16 or float16.")
+    teacher_targets: str | None = _option(
+        None,
+        "Folder of targets that cdfast.targets has stored: they stand in for the teacher, which is "
+        "not loaded for training.",
+    )
     trust_remote_code: bool = _option(False, "Allow checkpoints to bring their own code.")
 
     data: list[str] = _option(
@@ -261,7 +266,9 @@ class Recipe:
     )
 
     preset: str = _option("paper", "Alignment preset: paper or official.")
-    objective: str | None = _option(None, "row, map, pooled, mse or kl; default: the preset's.")
+    objective: str | None = _option(
+        None, "row, map, pooled, mse, kl or pooled_stored; default: the preset's."
+    )
     matching: str | None = _option(None, "group, simple or adaptive; default: the preset's.")
     layers: str | None = _option(None, "early, intermediate, later or all; default: the preset's.")
     layer_reduction: str | None = _option(None, "mean or sum over layers; default: the preset's.")

@@ -37,6 +37,7 @@ from cdfast.losses import (
     unshifted_rows,
 )
 from cdfast.preference import answer_log_probs
+from cdfast.top_k import TopK, top_k_kl_sum
 
 # Terms that compare last hidden states, or logits made of them, and the rows they are over.
 _ROWS = {"kl": "answer", "hidden": "answer", "visual_kl": "visual", "relation": "visual"}
@@ -71,6 +72,7 @@ class TeacherOutput:
     hidden: dict[str, Tensor]  # rows -> (R, d_t) last hidden states on them
     weight: Tensor | None  # (V_t, d_t) output embedding
     log_probs: Tensor | None = None  # (2B,) of the answers, in a batch of pairs
+    top_k: TopK | None = None  # in place of hidden and weight, where targets are stored
 
 
 @dataclass
@@ -187,6 +189,10 @@ def _logit_losses(student: PreTrainedModel, hidden: Tensor, task: StudentTask) -
         if teacher and teacher.weight is not None:
             with gathered([teacher.weight]):
                 sums |= _teacher_logit_losses(hidden, head.weight, teacher, teacher.weight, task)
+        elif teacher and teacher.top_k is not None:
+            chosen = hidden[loss_rows(task.losses.rows("kl"), task.labels, task.layout)]
+            objective = task.losses.kl_objective
+            sums["kl"] = top_k_kl_sum(chosen, head.weight, teacher.top_k, objective)
         return sums
 
     return _as_forward(head, losses)(hidden)

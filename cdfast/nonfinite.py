@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from cdfast.distill import TeacherOutput
 from cdfast.manifest import checkpoints, is_complete
+from cdfast.pooled_vectors import PooledVectors
 
 if TYPE_CHECKING:  # importing it takes a second, and cdfast.train needs the error alone
     from transformers import Trainer
@@ -189,9 +190,13 @@ def _teacher_tensors(teacher: TeacherOutput) -> Iterable[Tensor]:
     yield from teacher.hidden.values()
     if teacher.log_probs is not None:
         yield teacher.log_probs
+    if teacher.top_k is not None:
+        # Without the last, which is -inf where all tokens are stored.
+        yield teacher.top_k.log_probs[:, :-1]
     if teacher.targets is not None:
         # A map that keeps its inputs would be made anew; the alignment loss shows its NaN.
-        yield from (m.data for m in teacher.targets.maps.values() if not m.inputs)
+        maps = teacher.targets.maps.values()
+        yield from (m.data for m in maps if isinstance(m, PooledVectors) or not m.inputs)
 
 
 def _total(tensors: Iterable[Tensor], like: Tensor) -> Tensor:

@@ -80,7 +80,9 @@ def resample_targets(
     ]
     seen = (layout.dense_mask() & layout.visual[:, None, :]).any(-1).sum(-1)
     compared = seen.new_tensor([len(part.rows) for part in parts])
-    maps = {layer: _resampled(one, layout, parts) for layer, one in targets.maps.items()}
+    given = {layer: one for layer, one in targets.maps.items() if isinstance(one, VisualMap)}
+    assert len(given) == len(targets.maps)  # the aligner refuses "pooled_stored"
+    maps = {layer: _resampled(one, layout, parts) for layer, one in given.items()}
     weight = seen / compared.clamp(min=1)
     return replace(targets, maps=maps, layout=layout, sample_weight=weight)
 

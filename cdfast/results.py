@@ -180,7 +180,8 @@ def measure(
     result: dict[str, Any] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = None
-    if recipe.teacher:
+    # With stored targets the device may be too small for it.
+    if recipe.teacher and not recipe.teacher_targets:
         source = teacher_source(recipe)
         teacher = load_model(source, "float32", recipe.trust_remote_code).eval()
         teacher.to(device)  # type: ignore[arg-type]

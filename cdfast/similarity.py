@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 from cdfast.attention import AlignmentContext
 
 # Keys of a batch that are for the aligner and the trainer, not for a model's forward.
-_NOT_FOR_MODEL = ("segment_ids", "cu_seqlens", "layout", "sample_ids", "pairs")
+_NOT_FOR_MODEL = (
+    "segment_ids",
+    "cu_seqlens",
+    "layout",
+    "sample_ids",
+    "pairs",
+    "stored_targets",
+)
 
 
 def num_layers(model: PreTrainedModel) -> int:

@@ -95,7 +95,7 @@ def stage_models(recipe: Recipe, stage: StageRecipe) -> StageModels:
         )
     student = meta_model(student_config)
     teacher = None
-    if stage.needs_teacher and teacher_config is not None:
+    if stage.needs_teacher and teacher_config is not None and not recipe.teacher_targets:
         teacher = meta_model(teacher_config)
     matches: dict[int, tuple[int, ...]] = {}
     if teacher is not None and stage.alignment_weight:

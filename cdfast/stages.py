@@ -47,6 +47,8 @@ from cdfast.probes import (
     samples_with_image,
 )
 from cdfast.storage import staged_folder, together, write_text
+from cdfast.stored_targets import WithStoredTargets
+from cdfast.target_plan import check_storable, open_targets, stored_aligner
 from cdfast.terms import WEIGHTS, weighted_terms
 
 STAGE_FILE = "stage.json"
@@ -140,6 +142,8 @@ def check_stages(run: Run) -> None:
             stage_dataset(run, number)
             if evaluates(stage_arguments(run, number)):
                 held_out(run, pairs=True)
+        elif stage.needs_teacher and run.recipe.teacher_targets:
+            open_targets(run.recipe, number, stage_dataset(run, number), run.processor)
 
 
 def check_options(run: Run) -> None:
@@ -150,6 +154,8 @@ def check_options(run: Run) -> None:
     """
     check_models(run.recipe)
     _check_streaming(run.recipe)
+    if run.recipe.teacher_targets is not None:
+        check_storable(run.recipe)
     with user_errors():
         for number in range(1, len(run.recipe.stages) + 1):
             _check_evaluation(run, number, stage_arguments(run, number))
@@ -460,7 +466,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     if not any(later.needs_teacher for later in run.recipe.stages[number - 1 :]):
         release_engine(run.teacher)
         run.teacher = None  # no stage needs its memory from here on
-    elif stage.needs_teacher and run.teacher is None:
+    elif stage.needs_teacher and run.teacher is None and not run.recipe.teacher_targets:
         run.teacher = load_model(
             teacher_source(run.recipe),
             run.recipe.teacher_dtype,
@@ -471,11 +477,14 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         student = load_stage_student(run, number)
         arguments = stage_arguments(run, number)
         probe = stage_probe(run, number, student) if evaluates(arguments) else None
+        data: Any = stage_dataset(run, number)
+        samples, stored = stored_for(run, number, student, data)
         trainer = DistillationTrainer(
             model=student,
             teacher=run.teacher if stage.needs_teacher else None,
             args=arguments,
-            train_dataset=stage_dataset(run, number),
+            train_dataset=samples,
+            **stored,
             eval_dataset=held_out(run, stage.pairs) if probe else None,
             probe=probe,
             data_collator=VisionTextCollator(run.processor.tokenizer.pad_token_id),
@@ -498,7 +507,6 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     _export(run, trainer, number)
     run.teacher = trainer.teacher or run.teacher
     release_engine(trainer.model_wrapped)
-    data: Any = trainer.train_dataset
     skipped = getattr(data, "skipped", None)
     result = {
         "stage": stage.stage,
@@ -518,6 +526,24 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         write_json(folder / STAGE_FILE, result)
     run.state.wait_for_everyone()
     return result
+
+
+def stored_for(run: Run, number: int, student: Any, data: Any) -> tuple[Any, dict[str, Any]]:
+    """The samples of a stage with their stored targets, and what the trainer needs to read them.
+
+    Just the samples where the stage has no teacher's losses or the run has the teacher.
+    """
+    from cdfast.trainer import unwrap_model
+
+    recipe, stage = run.recipe, run.recipe.stages[number - 1]
+    if not (stage.needs_teacher and recipe.teacher_targets):
+        return data, {}
+    model = unwrap_model(student)
+    # Also where a later stage aligns attention: other layers must not show when that one begins.
+    aligned = any(later.alignment_weight for later in recipe.stages)
+    aligner = stored_aligner(recipe, model) if aligned else None
+    targets = open_targets(recipe, number, data, run.processor, model, aligner)
+    return WithStoredTargets(data, targets), {"aligner": aligner, "stored_targets": targets}
 
 
 def stage_probe(run: Run, number: int, student: Any) -> Probe:

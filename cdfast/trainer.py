@@ -29,6 +29,7 @@ from cdfast.preference import kto_pair_sum, larger_reward_sum, reference_kl
 from cdfast.probes import undisturbed
 from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
+from cdfast.stored_targets import StoredTargets
 from cdfast.terms import (
     ANSWER_ROWS,
     IMAGE_SAMPLES,
@@ -89,6 +90,9 @@ class DistillationTrainer(ResumableTrainer):
             losses must be 0).
         aligner: an aligner of your own; by default made from the options of `args`.
         args: `DistillationConfig`.
+        stored_targets: in place of a teacher: targets computed ahead of time (cdfast.targets). The
+            training set is then a `WithStoredTargets`, and `aligner` is given where attention is
+            aligned. Evaluation has the LM loss alone.
         probe: measures the student in each evaluation, see `cdfast.probes.Probe`: called on every
             rank with this trainer, returns numbers that become metrics of the evaluation.
         data_collator: returns input_ids, attention_mask, labels (-100 outside answers, unshifted)
@@ -115,6 +119,7 @@ class DistillationTrainer(ResumableTrainer):
         aligner: VisualAttentionAligner | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         probe: Callable[[DistillationTrainer], dict[str, float]] | None = None,
+        stored_targets: StoredTargets | None = None,
         **kwargs: Any,
     ):
         if data_collator is None:
@@ -128,10 +133,15 @@ class DistillationTrainer(ResumableTrainer):
                 "got a function. Evaluate answers with probe=cdfast.probes.Probe(...)."
             )
         wanted = [n for n in TEACHER_WEIGHTS if getattr(args, n) > 0]
-        if wanted and teacher is None:
+        if wanted and teacher is None and stored_targets is None:
             raise ValueError(
                 f"teacher: expected a model, because {' and '.join(wanted)} > 0; got None. Give a "
                 "teacher, or set the weights to 0."
+            )
+        if stored_targets is not None and args.alignment_weight > 0 and aligner is None:
+            raise ValueError(
+                "aligner: expected one beside stored_targets, because alignment_weight > 0; got "
+                "None. Make it with cdfast.target_plan.stored_aligner."
             )
         student = unwrap_model(model)
         use_cdfast_attention(student)
@@ -164,7 +174,7 @@ class DistillationTrainer(ResumableTrainer):
             unshifted_kl_mask=args.unshifted_kl_mask,
         )
         self._grams: dict[str, Tensor] = {}
-        self.probe = probe
+        self.probe, self.stored_targets = probe, stored_targets
         add_task(student)
         collator = LayoutCollator(data_collator, image_token_id(student))
         super().__init__(model=model, args=args, data_collator=collator, **kwargs)
@@ -269,6 +279,8 @@ class DistillationTrainer(ResumableTrainer):
             with torch.no_grad():
                 self.teacher(**given, task=asked)
             teacher = asked.output
+        elif self.stored_targets is not None and (training or "stored_targets" in inputs):
+            teacher = self.stored_targets.output(inputs.get("stored_targets"), inputs["layout"])
         self._begin("student", training)
         zero = self.args.zero_stage > 0
         task = StudentTask(*common, teacher, aligner, self.losses, zero, self._grams, pairs)

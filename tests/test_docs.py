@@ -151,6 +151,41 @@ def test_memory_commands_run(command, capsys):
     assert "ZeRO teacher" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", commands_with("cdfast.targets"))
+def test_targets_commands_are_valid(command, capsys):
+    """Those on embedded data that stop after the estimate run; of the others options are read."""
+    from cdfast import targets
+
+    words = shlex.split(command)
+    words = words[words.index("cdfast.targets") + 1 :]
+    if "--estimate" in words:
+        targets.main(words)
+        assert "estimated size on disk" in capsys.readouterr().out
+    options, rest = targets._options(words)
+    assert targets._recipe(rest).objective == "pooled_stored"
+    assert options.folder.name == "targets"
+
+
+def test_sizes_of_stored_targets_are_those_of_the_formula():
+    from cdfast.target_sizes import map_bytes, stored_bytes
+
+    page = (ROOT / "docs" / "stored-targets.md").read_text()
+
+    def row(name, top_k, part):
+        cells = []
+        for rows in (50, 100, 200):
+            size = stored_bytes(665_000, rows, 729, layers=10, top_k=top_k, itemsize=2)
+            cells.append(f"{sum(size[p] for p in part) / 2**30:.1f}")
+        return f"| {name} | {' | '.join(cells)} |"
+
+    for k in (16, 64, 256):
+        assert row(f"logits, k = {k}", k, ("tokens", "log-probs")) in page
+    assert row("attention vectors", 64, ("vectors",)) in page
+    whole = map_bytes(2048, 729, layers=10)
+    assert f"{whole / 2**20:.1f} MiB for one sample of 2048" in page
+    assert f"{665_000 * whole / 2**40:.0f} TiB in all" in page
+
+
 @pytest.mark.parametrize("command", commands_with("cdfast.evaluate"))
 def test_evaluate_commands_are_valid(command):
     from cdfast.evaluate import command_parser

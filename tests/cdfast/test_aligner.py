@@ -215,7 +215,7 @@ def test_adaptive_matching_is_chosen_once_and_restored():
         other.load_state_dict(aligner.state_dict())
 
 
-@pytest.mark.parametrize("objective", ["row", "map", "pooled", "mse", "kl"])
+@pytest.mark.parametrize("objective", ["row", "map", "pooled", "mse", "kl", "pooled_stored"])
 @pytest.mark.parametrize("matching", ["group", "simple"])
 def test_every_objective_and_matching_runs(objective, matching):
     teacher, student = tiny_teacher(), tiny_llava()
