@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from cdfast.images import MAX_PIXELS
 from cdfast.terms import HIDDEN_OBJECTIVES, KL_OBJECTIVES, TEACHER_WEIGHTS, WEIGHTS
 from cdfast.yaml_file import parse_yaml, read_yaml
 
@@ -241,7 +242,7 @@ class Recipe:
         "dialogue", "dialogue, or independent: turns that share the image but not each other."
     )
     on_error: str = _option("raise", "Broken record or image: raise, or skip and count.")
-    max_pixels: int = _option(67_108_864, "Largest image that is decoded, in pixels.", at_least=1)
+    max_pixels: int = _option(MAX_PIXELS, "Largest image that is decoded, in pixels.", at_least=1)
     packing: bool = _option(
         False,
         "Several samples in one row without padding; a row is one process's forward pass and holds "
@@ -454,6 +455,11 @@ class Recipe:
             raise ConfigError(
                 f"packing: expected turns 'dialogue', because a row's samples have no segments; "
                 f"got {self.turns!r}. Give --turns dialogue, or --packing false."
+            )
+        if self.objective == "pooled_stored":
+            raise ConfigError(
+                "packing: expected another objective than 'pooled_stored', which takes one sample "
+                "per row; got both. Give --objective pooled, or --packing false."
             )
         for number, stage in enumerate(self.stages, 1):
             where = f"stage {number} ({stage.stage})"

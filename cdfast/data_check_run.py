@@ -96,7 +96,9 @@ def data_sets(recipe: Recipe) -> list[DataSet]:
         found[key].used_by.append(used_by)
     if recipe.eval_data:
         roots = recipe.eval_image_root or recipe.image_root
-        found["eval"] = DataSet(["held out"], recipe.eval_data, roots, _file_options(recipe, False))
+        for pairs in sorted({stage.pairs for stage in recipe.stages}):
+            options = _file_options(recipe, pairs)
+            found["eval", pairs] = DataSet(["held out"], recipe.eval_data, roots, options)
     return list(found.values())
 
 

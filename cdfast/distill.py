@@ -85,6 +85,7 @@ class TeacherTask:
     losses: LossOptions
     blank_image: bool = False  # run the vision modules in a batch without images too
     pairs: int = 0  # of answers, in a batch of chosen and then rejected ones
+    backend: str = "auto"  # of packed layers in a step without an aligner
     output: TeacherOutput | None = None
 
     def run(self, teacher: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -105,6 +106,7 @@ class StudentTask:
     # Gram matrices of frozen output embeddings, by role: kept from step to step by the caller.
     grams: dict[str, Tensor] = field(default_factory=dict)
     pairs: int = 0  # of answers, in a batch of chosen and then rejected ones
+    backend: str = "auto"  # of packed layers in a step without an aligner
 
     def run(self, student: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
         return student_step(student, inputs, self)
@@ -123,7 +125,8 @@ def teacher_step(
 ) -> TeacherOutput:
     """Run the teacher and keep the rows that losses are over and alignment targets only."""
     aligner = task.aligner
-    context = aligner.teacher_context(task.layout) if aligner else AlignmentContext(task.layout)
+    plain = AlignmentContext(task.layout, backend=task.backend)
+    context = aligner.teacher_context(task.layout) if aligner else plain
     hidden = _hidden_states(teacher, inputs, context, task.blank_image)
     kinds = sorted({task.losses.rows(name) for name in task.losses.used})
     logits = task.losses.used - {"hidden"}
@@ -155,7 +158,7 @@ def student_step(
     if task.aligner and targets:
         context = task.aligner.student_context(targets)
     else:
-        context = AlignmentContext(task.layout)
+        context = AlignmentContext(task.layout, backend=task.backend)
     hidden = _hidden_states(student, inputs, context, task.blank_image)
     sums = _logit_losses(student, hidden, task)
     if task.pairs and teacher and teacher.log_probs is not None:

@@ -29,6 +29,8 @@ from cdfast.hidden_projector import hidden_projector_size
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
 from cdfast.stages import Run, check_options
+from cdfast.stored_targets import read_index
+from cdfast.target_plan import check_storable
 from cdfast.terms import weighted_terms
 
 
@@ -128,6 +130,8 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
     """
     if not (recipe.student and recipe.stages):
         recipe.check_runnable()
+    if recipe.teacher_targets is not None:
+        check_storable(recipe)
     if not recipe.architecture:
         # With sizes of its own a recipe may name models that are not here.
         check_options(Run(_unsharded(recipe), Path("unused"), None, PartialState(cpu=True)))
@@ -189,13 +193,17 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
             or "none given",
         )
     console.print(table)
+    ready = True
     try:
         recipe.check_runnable()
+        if recipe.teacher_targets is not None:
+            read_index(Path(recipe.teacher_targets))
     except ConfigError as error:
         console.print(f"not ready to run: {error}", markup=False)
+        ready = False
     if os.environ.get("RANK", "0") != "0":
-        return True  # one rank looks at the data
-    return check_recipe_data(recipe, console, samples=samples, path=json_path)
+        return ready  # one rank looks at the data
+    return check_recipe_data(recipe, console, samples=samples, path=json_path) and ready
 
 
 def _unsharded(recipe: Recipe) -> Recipe:

@@ -78,15 +78,17 @@ def export_checkpoint(
 
 def _recipe_of(checkpoint: Path) -> dict[str, Any] | None:
     """What is known of the run that wrote <run>/stages/<stage>/<checkpoint>; None: nothing."""
-    path = checkpoint.resolve().parents[2] / "recipe.yaml"
+    place = checkpoint.resolve()
+    if len(place.parents) < 4 or place.parents[1].name != "stages":
+        return None
+    path = place.parents[2] / "recipe.yaml"
     if not path.is_file():
         return None
     try:
         recipe = read_yaml(path)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    place = "/".join(checkpoint.resolve().parts[-2:])
-    return {"name": recipe["name"], "checkpoint": place, "recipe": recipe}
+    return {"name": recipe["name"], "checkpoint": "/".join(place.parts[-2:]), "recipe": recipe}
 
 
 def write_student(

@@ -101,7 +101,8 @@ def kl_loss_sum(
 class _ChunkedKL(torch.autograd.Function):
     """Sum of KL(softmax(h_t W_t^T) || softmax(h_s W_s^T)), all in one dtype.
 
-    d/d logits_s = softmax(logits_s) - softmax(logits_t), because the teacher's sum to 1.
+    d/d logits_s = softmax(logits_s) - softmax(logits_t), because the teacher's sum to 1. Gradients
+    are kept divided by the number of rows: in float16 their sum could overflow.
     """
 
     @staticmethod
@@ -121,7 +122,7 @@ class _ChunkedKL(torch.autograd.Function):
             for begin in range(0, len(hidden), KL_ROWS):
                 rows = slice(begin, begin + KL_ROWS)
                 loss, gradient = _kl_of_chunk(
-                    hidden[rows], weight, teacher_hidden[rows], teacher_weight
+                    hidden[rows], weight, teacher_hidden[rows], teacher_weight, len(hidden)
                 )
                 total += loss
                 if d_hidden is not None:
@@ -131,26 +132,32 @@ class _ChunkedKL(torch.autograd.Function):
                     # Chunks are added in float32: in half precision each addition would round.
                     d_weight = part if d_weight is None else _wide(d_weight).add_(part)
                 del gradient  # before the next chunk is made
+        ctx.rows = len(hidden)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = (d if d is None else d * d_total for d in ctx.saved_tensors)
+        scale = d_total * ctx.rows
+        d_hidden, d_weight = (d if d is None else d * scale for d in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None
 
 
 def _kl_of_chunk(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    divisor: int,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence summed over rows, and its gradient in the student's logits, in their dtype."""
+    """The divergence summed over rows, and 1/divisor of its gradient in the student's logits."""
     # One expression each, so that no more than three float32 tensors of (rows, V) exist.
     log_p = _wide(F.linear(teacher_hidden, teacher_weight)).log_softmax(-1)
     log_q = _wide(F.linear(hidden, weight)).log_softmax(-1)
     p = log_p.exp()
     loss = log_p.sub_(log_q).mul_(p).sum()
-    return loss, log_q.exp_().sub_(p).to(hidden.dtype)
+    return loss, log_q.exp_().sub_(p).div_(divisor).to(hidden.dtype)
 
 
 def soft_cross_entropy_sum(

@@ -79,7 +79,15 @@ def pooled_vectors(
     Returns:
         (M,) for the M visual tokens of the batch, sample by sample; float32, or float64 for
         float64.
+
+    Raises:
+        ValueError: a packed layout.
     """
+    if layout.is_packed:
+        raise ValueError(
+            "pooled_stored: expected a padded batch; got a packed one. Leave packing out, or take "
+            "the objective 'pooled'."
+        )
     with torch.autocast(q.device.type, enabled=False):
         return _PooledVectors.apply(q, k, lse, layout, softmax_scale)
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cdfast.losses import answer_rows, next_labels
 
-# Rows whose logits are held at once; that of Liger's chunked losses.
+# Rows whose logits are held at once.
 CHUNK = 1024
 
 

@@ -55,6 +55,13 @@ def hub_target(recipe: Recipe) -> Target | None:
                     f"uploaded when all stages are done; got it for one stage. Give "
                     f"--{name.replace('_', '-')}."
                 )
+    for variant, changed in recipe.compare.items():
+        for name in HUB_ARGUMENTS:
+            if name in changed or name in changed.get("arguments", {}):
+                raise ConfigError(
+                    f"compare.{variant}.{name}: expected it for the whole run, of which the main "
+                    f"student is uploaded; got it for a variant. Give --{name.replace('_', '-')}."
+                )
     given = {name: recipe.arguments[name] for name in HUB_ARGUMENTS if name in recipe.arguments}
     wanted = given.pop("push_to_hub", False)
     if not wanted:
@@ -184,7 +191,7 @@ def push(source: Path, target: Target, *, api: HfApi | None = None, **options: A
     except _FAILURES as error:
         raise HubError(
             f"hub: upload to {target.repo} failed: {_reason(error)}. Nothing is lost: the files "
-            f"are in {source}. Repeat it with: {again(source, target)}"
+            f"are in {source}. Repeat it with: {again(source, target, **options)}"
         ) from error
     return str(done.repo_url)
 
@@ -197,11 +204,13 @@ def _remote_card(api: HfApi, target: Target) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
-def again(source: Path, target: Target) -> str:
-    """The command that uploads a finished run."""
+def again(source: Path, target: Target, *, license: str | None = None, report: bool = True) -> str:
+    """The command that uploads a finished run as it was asked for."""
     words = ["python", "-m", "cdfast.push", str(source), target.repo]
     words += ["--private"] if target.private else []
     words += ["--revision", target.revision] if target.revision else []
+    words += ["--license", license] if license else []
+    words += [] if report else ["--no-report"]
     return shlex.join(words)
 
 

@@ -7,6 +7,7 @@ can be counted, shuffled and passed over without opening an image.
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -193,6 +194,7 @@ def _tar(path: Path, name: str) -> Iterator[Reference]:
     # "r:": compressed shards have no places to come back to.
     with tarfile.open(path, "r:") as file:
         for member in file:
+            file.members = []  # else it keeps the headers of the whole shard
             if not member.isfile():
                 continue
             folder, base = str(PurePosixPath(member.name).parent), PurePosixPath(member.name).name
@@ -205,6 +207,12 @@ def _tar(path: Path, name: str) -> Iterator[Reference]:
             members.append((rest.lower(), member.offset_data, member.size))
     if members:
         yield _tar_record(path, name, record, key, members)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key of sorting that has 2.png before 10.png."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def _tar_record(
@@ -224,10 +232,11 @@ def _tar_record(
                 )
             record = parsed(content(*texts[0]))
             pictures = [part for part in members if f".{part[0]}".endswith(IMAGE_SUFFIXES)]
+            pictures.sort(key=lambda part: _natural(part[0]))
             if pictures and isinstance(record, dict):
                 # Names in the record are those of before it was packed.
                 record = {k: v for k, v in record.items() if k not in ("image", "images")}
-                record["images"] = [{"bytes": content(*part[1:])} for part in sorted(pictures)]
+                record["images"] = [{"bytes": content(*part[1:])} for part in pictures]
             return record
 
     notes = (f"key {printable(key.removeprefix('./'))}",)

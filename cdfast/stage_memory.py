@@ -135,6 +135,8 @@ def footprint(
     config = models.student.config
     shape = TextShape.of(config)
     rows = stage.batch_size * (2 if stage.pairs else 1)
+    if recipe.packing:  # a row of this many tokens, of samples that are full
+        rows = rows * (recipe.pack_tokens or recipe.max_length) // recipe.max_length
     tokens = rows * recipe.max_length
     visual = min(config.image_seq_length, recipe.max_length)
     tower = _tower(models.student) if models.shared_tower else None

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from cdfast_kernels import available_backends
 from torch import nn
 
@@ -47,11 +49,12 @@ from cdfast.probes import (
     samples_with_image,
 )
 from cdfast.storage import staged_folder, together, write_text
-from cdfast.stored_targets import WithStoredTargets
+from cdfast.stored_targets import WithStoredTargets, read_index
 from cdfast.target_plan import check_storable, open_targets, stored_aligner
 from cdfast.terms import WEIGHTS, weighted_terms
 
 STAGE_FILE = "stage.json"
+TARGETS_FILE = "teacher_targets.json"
 # Trainer settings that a recipe's `arguments` may change.
 _DEFAULT_ARGUMENTS: dict[str, Any] = {
     "save_total_limit": 2,
@@ -129,13 +132,14 @@ def check_stages(run: Run) -> None:
                     f"image_root: {where}: expected a folder; got {path!r}. Give --image-root."
                 )
     for path in run.recipe.eval_data:
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise ConfigError(
                 f"eval_data: expected an existing file; got {path!r}. Give --eval-data FILE."
             )
     check_options(run)
     reason = available_backends().get(run.recipe.backend)
-    if reason and any(stage.alignment_weight for stage in run.recipe.stages):
+    used = run.recipe.packing or any(stage.alignment_weight for stage in run.recipe.stages)
+    if reason and used:
         raise ConfigError(f"backend: {run.recipe.backend!r} cannot run here: {reason}")
     for number, stage in enumerate(run.recipe.stages, 1):
         if stage.pairs and not (run.stage_folder(number) / STAGE_FILE).exists():
@@ -508,6 +512,8 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     run.teacher = trainer.teacher or run.teacher
     release_engine(trainer.model_wrapped)
     skipped = getattr(data, "skipped", None)
+    if skipped is not None and run.recipe.streaming:  # each rank has records of its own
+        skipped = sum(map(Counter, gather_object([dict(skipped)])), Counter())
     result = {
         "stage": stage.stage,
         "steps": output.global_step,
@@ -543,7 +549,23 @@ def stored_for(run: Run, number: int, student: Any, data: Any) -> tuple[Any, dic
     aligned = any(later.alignment_weight for later in recipe.stages)
     aligner = stored_aligner(recipe, model) if aligned else None
     targets = open_targets(recipe, number, data, run.processor, model, aligner)
+    _keep_targets(run, number, recipe.teacher_targets)
     return WithStoredTargets(data, targets), {"aligner": aligner, "stored_targets": targets}
+
+
+def _keep_targets(run: Run, number: int, targets: str) -> None:
+    """Write what the stage's targets are of, or refuse others than it was begun with."""
+    path, facts = run.stage_folder(number) / TARGETS_FILE, read_index(Path(targets))["facts"]
+    if path.exists() and json.loads(path.read_text()) != facts:
+        raise ConfigError(
+            f"teacher_targets: expected those that the stage was begun with, see {path}; the "
+            f"targets in {targets} have been made anew with other options. Make them as they were, "
+            "or start afresh."
+        )
+    run.state.wait_for_everyone()
+    if run.state.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, facts)
 
 
 def stage_probe(run: Run, number: int, student: Any) -> Probe:

@@ -141,7 +141,9 @@ class _TopKKl(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, indices, log_p = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        # Chunks are added in float32: in half precision each addition would round.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         shared = weight[: ctx.vocabulary].to(ctx.dtype)
         for rows, log_q, rest in _log_probs(hidden, shared, indices, log_p.dtype):
             tokens, p = indices[rows], log_p[rows].exp()
@@ -152,7 +154,8 @@ class _TopKKl(torch.autograd.Function):
             dz = (dz.scatter_(1, tokens, at_tokens) * grad).to(ctx.dtype)
             d_hidden[rows] = (dz @ shared).to(hidden.dtype)
             if d_weight is not None:
-                d_weight[: ctx.vocabulary] += (dz.T @ hidden[rows].to(ctx.dtype)).to(weight.dtype)
+                d_weight[: ctx.vocabulary] += dz.T @ hidden[rows].to(ctx.dtype)
+        d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None
 
 

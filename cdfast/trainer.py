@@ -275,7 +275,9 @@ class DistillationTrainer(ResumableTrainer):
         if self.teacher is not None:
             self._begin("teacher", training)
             sharded = self.args.teacher_placement != "replicated"
-            asked = TeacherTask(*common, aligner, self.losses, sharded, pairs)
+            asked = TeacherTask(
+                *common, aligner, self.losses, sharded, pairs, backend=self.args.backend
+            )
             with torch.no_grad():
                 self.teacher(**given, task=asked)
             teacher = asked.output
@@ -283,7 +285,16 @@ class DistillationTrainer(ResumableTrainer):
             teacher = self.stored_targets.output(inputs.get("stored_targets"), inputs["layout"])
         self._begin("student", training)
         zero = self.args.zero_stage > 0
-        task = StudentTask(*common, teacher, aligner, self.losses, zero, self._grams, pairs)
+        task = StudentTask(
+            *common,
+            teacher,
+            aligner,
+            self.losses,
+            zero,
+            self._grams,
+            pairs,
+            backend=self.args.backend,
+        )
         sums: dict[str, Tensor] = model(**given, task=task)
         if pairs:
             sums = self._preference(sums)

@@ -24,6 +24,7 @@ from benchmarks.paper_records import append, read
 from benchmarks.paper_resolve import Absent, key_of, resolve
 from cdfast.command_line import parse_command_line
 from cdfast.config import ConfigError, Recipe, load_recipe, override, recipe_files
+from cdfast.matching import layers_in_range, match_group, match_simple
 from cdfast.synthetic import SceneDataset
 from tests.paper_samples import record, resolved
 
@@ -46,10 +47,17 @@ def test_tables_are_made_of_arms():
     assert [t.letter for t in TABLES.values()] == ["a", "b", "c", "d", "e", "f", "g1", "g2"]
 
 
-def test_compodistill_is_one_run_of_five_tables(present):
+def test_compodistill_is_one_run_of_four_tables(present):
     shared = [name for name, table in TABLES.items() if "compodistill" in table.arms]
-    assert shared == ["main", "vat-taf", "objective", "layers", "matching"]
+    assert shared == ["main", "vat-taf", "objective", "layers"]
     assert len({arm.key for arm in present.values()}) == len(present)
+
+
+def test_the_table_of_matchings_compares_different_matches():
+    """Over the intermediate layers of these two models group matching is simple."""
+    layers = [layers_in_range(depth, ARMS["all"].options["layers"]) for depth in (4, 6)]
+    assert match_group(*layers) != match_simple(*layers)
+    assert {ARMS[name].options["layers"] for name in TABLES["matching"].arms} == {"all"}
 
 
 @pytest.mark.parametrize("name", PRESENT)

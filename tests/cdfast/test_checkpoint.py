@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from cdfast.checkpoint import newest_checkpoint, rotate, safe_pickles, verify
 from cdfast.config import load_recipe, to_dict
-from cdfast.export import export_checkpoint
+from cdfast.export import _recipe_of, export_checkpoint
 from cdfast.export import main as export_main
 from cdfast.manifest import describe, manifest_text
 from cdfast.storage import (
@@ -411,6 +412,13 @@ def test_export_says_of_which_run_and_step_it_is(trained, tmp_path):
     assert "The weights are those of 2-dft/checkpoint-3" in card
     assert "from the teacher miniature" in card
     assert "Not measured: the run evaluated no suite" in card
+
+
+@pytest.mark.parametrize("place", ["/ckpt", "/mnt/ckpt", "a/b/c"])
+def test_export_of_a_checkpoint_that_is_in_no_run_says_nothing_of_one(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("of: another program")
+    assert _recipe_of(Path(place)) is None
 
 
 def test_export_refuses_to_overwrite_and_to_read_what_is_damaged(run, tmp_path, capsys):

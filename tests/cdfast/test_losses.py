@@ -145,6 +145,19 @@ def test_kl_loss_makes_only_the_gradients_that_are_needed():
         assert not kl_loss_sum(hidden, weight, *teacher).requires_grad
 
 
+def test_kl_gradient_does_not_overflow_in_float16():
+    """The sum over rows is beyond float16; the mean, which is what is asked for, is not."""
+    rows = 2 * CHUNK
+    hidden, weight = torch.full((rows, 8), 100.0), torch.zeros(4, 8)
+    other, head = torch.eye(8)[[0]].repeat(rows, 1), torch.eye(4, 8) * 9
+    half = [x.half() for x in (hidden, weight, other, head)]
+    half[1].requires_grad_()
+    [got] = torch.autograd.grad(kl_loss_sum(*half) / rows, half[1:2])
+    want = reference(lambda w: plain_kl(hidden.double(), w, other, head), weight)[1][0]
+    assert want.abs().max() > torch.finfo(torch.float16).max
+    assert relative_error(got, want / rows) < 1e-2
+
+
 def test_kl_loss_takes_a_teacher_in_bf16():
     """The teacher's numbers are what bf16 holds; nothing after them is rounded to bf16."""
     hidden, weight = student_tensors(50)

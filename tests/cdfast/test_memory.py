@@ -355,6 +355,19 @@ def test_the_cheapest_that_fits_is_first(dft):
     assert not any(fits(f, 10 * GIB) for f in found)
 
 
+def test_packed_rows_are_as_many_full_samples(dft):
+    """Rows of twice max_length are twice the samples that the padded batch would have."""
+    found = []
+    for options in (
+        {"dft.batch_size": 8, "packing": True, "pack_tokens": 4096},
+        {"dft.batch_size": 16},
+    ):
+        recipe = override(dft.recipe, options)
+        models = stage_models(recipe, recipe.stages[1])
+        found.append(footprint(models, 8, 1, "replicated", checkpointing=True))
+    assert found[0] == found[1]
+
+
 def test_a_stage_without_a_teacher_has_its_own_tower():
     recipe = load_recipe("compodistill-2b")
     sft = stage_models(recipe, recipe.stages[2])

@@ -180,6 +180,27 @@ def test_unaligned_layers_of_a_packed_batch_build_no_dense_mask(tmp_path, monkey
     assert len(trainer.aligner.student_layers) < len(trainer.model.get_decoder().layers)
 
 
+@pytest.mark.parametrize("losses", ["LM alone", "KL"])
+def test_packed_layers_of_a_step_without_alignment_run_on_the_backend_asked_for(
+    losses, tmp_path, monkeypatch
+):
+    import cdfast.attention
+
+    seen = []
+    stock = cdfast.attention.flash_attention
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["backend"])
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr("cdfast.attention.flash_attention", spy)
+    options = CASES["LM alone"] if losses == "LM alone" else {"alignment_weight": 0.0}
+    trainer = make_trainer(tmp_path, backend="reference", **options)
+    samples = [trainer.train_dataset[i] for i in range(4)]
+    gradients(trainer, batches(samples)[1])
+    assert set(seen) == {"reference"}
+
+
 # -- rows ------------------------------------------------------------------------------------------
 
 
@@ -342,6 +363,7 @@ def test_the_command_packs(paths, tmp_path, capsys):
 REFUSED = {
     "turns": ({"turns": "independent"}, "packing: expected turns 'dialogue'"),
     "streaming": ({"streaming": "true"}, "packing: expected streaming false"),
+    "stored": ({"objective": "pooled_stored"}, "another objective than 'pooled_stored'"),
     "short rows": ({"pack-tokens": 20, "batch-size": 2}, "rows of at least max_length = 2048"),
     "off": ({"packing": "false", "pack-tokens": 20}, "pack_tokens: expected none"),
 }

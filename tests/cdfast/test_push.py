@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, close_session, constants
 
 from cdfast.config import ConfigError, load_recipe, override
 from cdfast.model_card import MARKER, write_model_card
-from cdfast.push import hub_target, main, prepare_upload, push_run
+from cdfast.push import again, hub_target, main, prepare_upload, push_run
 from cdfast.train import main as train
 from cdfast.train import run_command
 from cdfast.upload_files import Target, upload_files
@@ -310,6 +310,7 @@ CONTRADICTIONS = {
     "no owner": ({"push_to_hub": True, "hub_model_id": "student"}, "expected USER/NAME"),
     "checkpoints": ({**OPTIONS, "hub_strategy": "checkpoint"}, "only the finished student"),
     "one stage": ({"dft.push_to_hub": True}, "dft.push_to_hub: expected it for the whole run"),
+    "a variant": ({"compare": {"sft": {"push_to_hub": True}}}, "compare.sft.push_to_hub: expected"),
     "token": ({**OPTIONS, "hub_token": TOKEN}, "arguments.hub_token: expected none"),
 }
 
@@ -338,3 +339,10 @@ def test_what_is_no_finished_run_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path), "me/student", "--dry-run"])
     assert "expected a finished run" in capsys.readouterr().err
+
+
+def test_the_command_that_repeats_an_upload_leaves_out_what_was_left_out():
+    words = again(Path("runs/mine"), Target("me/s", True, "old"), license="mit", report=False)
+    assert words == (
+        "python -m cdfast.push runs/mine me/s --private --revision old --license mit --no-report"
+    )

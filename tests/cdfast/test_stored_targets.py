@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from cdfast.pooled_vectors import PooledVectors, pool_map
 from cdfast.similarity import model_inputs, visual_maps
 from cdfast.stored_targets import (
     ALIGNMENT,
+    FORMAT,
+    INDEX_FILE,
     KL,
     ShardPlan,
     StoredTargets,
@@ -448,6 +451,30 @@ def test_what_needs_more_of_the_teacher_is_refused_by_name(case):
     recipe = override(load_recipe("miniature"), given)
     with pytest.raises(ConfigError, match=message):
         check_storable(recipe)
+
+
+def test_a_dry_run_names_targets_that_are_not_there(tmp_path, capsys):
+    given = ["miniature", "--objective", "pooled_stored", "--teacher-targets", str(tmp_path / "no")]
+    with pytest.raises(SystemExit) as stopped:
+        train([*given, "--dry-run", "--dry-run-samples", "0"])
+    assert stopped.value.code == 1
+    assert "not ready to run: teacher_targets: expected a folder" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_a_stage_is_not_resumed_with_targets_made_anew(tmp_path):
+    run = SimpleNamespace(
+        stage_folder=lambda number: tmp_path / "stage",
+        state=SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None),
+    )
+    for k in (4, 4, 8):
+        index = {"format": FORMAT, "facts": {"top k": k}}
+        (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+        if k == 4:
+            stages._keep_targets(run, 1, str(tmp_path))
+    with pytest.raises(ConfigError, match="expected those that the stage was begun with"):
+        stages._keep_targets(run, 1, str(tmp_path))
 
 
 def test_preference_stages_are_refused():

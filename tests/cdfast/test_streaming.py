@@ -19,7 +19,7 @@ from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.collator import VisionTextCollator
 from cdfast.config import Recipe, StageRecipe
 from cdfast.data import DataError, load_dataset
-from cdfast.shards import expand
+from cdfast.shards import expand, references
 from cdfast.stages import with_lora
 from cdfast.storage import CheckpointError
 from cdfast.streaming import StreamedDataset
@@ -270,6 +270,24 @@ def test_several_images_of_a_tar_record_stand_in_their_order(folder):
     pixels = next(iter(data))["images"]["pixel_values"]
     assert pixels[0, 0].mean() > pixels[0, 2].mean()
     assert pixels[1, 0].mean() < pixels[1, 2].mean()
+
+
+def test_images_of_a_tar_record_are_ordered_by_number_and_headers_are_not_kept(folder, monkeypatch):
+    """10.png is behind 2.png; a shard's headers do not pile up in memory."""
+    record = {"conversations": conversation([("Same?", "No.")], "<image>\n" * 12)}
+    with tarfile.open(folder / "many.tar", "w") as tar:
+        for n in (10, 3, 0, 11, 1, 2, 4, 5, 6, 7, 8, 9):
+            add(tar, f"x.{n}.png", str(n).encode())
+        add(tar, "x.json", json.dumps(record).encode())
+    kept = []
+    step = tarfile.TarFile.next
+    monkeypatch.setattr(
+        tarfile.TarFile, "next", lambda file: (kept.append(len(file.members)), step(file))[1]
+    )
+    [reference] = references(folder / "many.tar", "many.tar")
+    images = reference.load()["images"]
+    assert [image["bytes"] for image in images] == [str(n).encode() for n in range(12)]
+    assert max(kept) <= 1
 
 
 def test_a_tar_shard_leads_out_of_itself_nowhere(folder):

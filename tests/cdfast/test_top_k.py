@@ -81,6 +81,20 @@ def test_several_chunks_of_rows_are_their_sum(monkeypatch):
         assert torch.allclose(g, w)
 
 
+def test_half_precision_chunks_are_added_in_float32(monkeypatch):
+    """Many chunks are as exact as one."""
+    student, teacher = case(rows=400)
+    top = top_k_of(*teacher, SHARED, 5)
+    want = torch.autograd.grad(top_k_kl_sum(*student, top), student)[1]
+    half = [x.detach().bfloat16().requires_grad_() for x in student]
+    errors = []
+    for rows in (400, 4):
+        monkeypatch.setattr("cdfast.top_k._ROWS", rows)
+        got = torch.autograd.grad(top_k_kl_sum(*half, top), half)[1]
+        errors.append(float((got.double() - want).norm() / want.norm()))
+    assert errors[1] <= 1.5 * errors[0]
+
+
 def test_soft_cross_entropy_adds_the_entropy_of_the_outcomes():
     student, teacher = case()
     top = top_k_of(*teacher, SHARED, SHARED)

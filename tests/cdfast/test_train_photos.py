@@ -697,9 +697,14 @@ def test_list_names_every_shipped_recipe(capsys):
     assert all(len(line.split()) > 4 for line in lines)
 
 
-def dry_run(arguments, capsys, monkeypatch):
+def dry_run(arguments, capsys, monkeypatch, ready=True):
     monkeypatch.setenv("COLUMNS", "400")
-    main([*map(str, arguments), "--dry-run"])
+    if ready:
+        main([*map(str, arguments), "--dry-run"])
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            main([*map(str, arguments), "--dry-run"])
+        assert stopped.value.code == 1
     return capsys.readouterr().out
 
 
@@ -714,7 +719,7 @@ QWEN_4B, QWEN_2B, TOWER = 3_950_369_280, 1_836_828_672, 413e6
 
 @pytest.mark.parametrize("recipe", ["compodistill-2b", "compodistill-2b-official"])
 def test_dry_run_of_the_papers_recipes(recipe, capsys, monkeypatch):
-    printed = dry_run([recipe], capsys, monkeypatch)
+    printed = dry_run([recipe], capsys, monkeypatch, ready=False)
     adapter, projector = 9.5e6, 9.4e6 if recipe == "compodistill-2b" else 5.2e6
     got = sizes(printed)
     assert got["teacher"] == pytest.approx(QWEN_4B + TOWER + adapter, rel=1e-3)
@@ -734,7 +739,7 @@ def test_dry_run_of_the_papers_recipes(recipe, capsys, monkeypatch):
 
 
 def test_dry_run_of_the_teachers_recipe(capsys, monkeypatch):
-    printed = dry_run(["llava-4b-teacher"], capsys, monkeypatch)
+    printed = dry_run(["llava-4b-teacher"], capsys, monkeypatch, ready=False)
     assert sizes(printed) == {"student": pytest.approx(QWEN_4B + TOWER + 9.5e6, rel=1e-3)}
     assert "alignment:" not in printed
     assert "not ready to run: data: stage 1 (pretrain) has none" in printed
@@ -762,10 +767,7 @@ def test_dry_run_of_broken_data_names_it_and_ends_with_1(paths, tmp_path, capsys
     made[5]["image"] = "atlantis.jpg"
     data = photo_setup.write_records(tmp_path / "lost.json", made)
     given = options(paths, tmp_path / "run", data=data)
-    with pytest.raises(SystemExit) as stopped:
-        dry_run(["compodistill", *given], capsys, monkeypatch)
-    assert stopped.value.code == 1
-    printed = capsys.readouterr().out
+    printed = dry_run(["compodistill", *given], capsys, monkeypatch, ready=False)
     assert "the run would stop" in printed
     assert re.search(r"lost.json, record 5 .*atlantis.jpg", printed)
     report = tmp_path / "check.json"
