@@ -194,7 +194,8 @@ def _tar(path: Path, name: str) -> Iterator[Reference]:
     # "r:": compressed shards have no places to come back to.
     with tarfile.open(path, "r:") as file:
         for member in file:
-            file.members = []  # else it keeps the headers of the whole shard
+            # Else it keeps the headers of the whole shard.
+            file.members = []  # type: ignore[attr-defined]
             if not member.isfile():
                 continue
             folder, base = str(PurePosixPath(member.name).parent), PurePosixPath(member.name).name
