@@ -25,8 +25,11 @@ def command(script):
     """The command in the script's docstring, by this interpreter."""
     [line] = re.findall(rf"^    (.*examples/{script}.*)$", source(script), re.MULTILINE)
     words = shlex.split(re.sub(r"\s*\[.*\]", "", line))
-    modules = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
-    return [sys.executable, *modules[words[0]], *words[1:]]
+    if words[0] == "python":
+        return [sys.executable, *words[1:]]
+    at = words.index(f"examples/{script}")
+    launched = ["tests/distributed/leaving.py", *words[at:]]
+    return [sys.executable, "-m", "torch.distributed.run", *words[1:at], *launched]
 
 
 def run(script, *options, **environment):
