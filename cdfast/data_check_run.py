@@ -98,7 +98,8 @@ def data_sets(recipe: Recipe) -> list[DataSet]:
         roots = recipe.eval_image_root or recipe.image_root
         for pairs in sorted({stage.pairs for stage in recipe.stages}):
             options = _file_options(recipe, pairs)
-            found["eval", pairs] = DataSet(["held out"], recipe.eval_data, roots, options)
+            used_by = "held out, as pairs" if pairs else "held out"
+            found["eval", pairs] = DataSet([used_by], recipe.eval_data, roots, options)
     return list(found.values())
 
 

@@ -117,6 +117,12 @@ def stage_models(recipe: Recipe, stage: StageRecipe) -> StageModels:
     return StageModels(recipe, stage, student, teacher, shared, matches)
 
 
+def _micro_batch(recipe: Recipe, stage: StageRecipe) -> int:
+    """Samples of a forward pass; of a packed row as many as fill it, each max_length long."""
+    packed = (recipe.pack_tokens or recipe.max_length) if recipe.packing else recipe.max_length
+    return stage.batch_size * packed // recipe.max_length
+
+
 def footprint(
     models: StageModels,
     world_size: int,
@@ -134,9 +140,8 @@ def footprint(
     autocast = zero_stage == 0 and held > compute
     config = models.student.config
     shape = TextShape.of(config)
-    rows = stage.batch_size * (2 if stage.pairs else 1)
-    if recipe.packing:  # a row of this many tokens, of samples that are full
-        rows = rows * (recipe.pack_tokens or recipe.max_length) // recipe.max_length
+    samples = _micro_batch(recipe, stage)
+    rows = samples * (2 if stage.pairs else 1)
     tokens = rows * recipe.max_length
     visual = min(config.image_seq_length, recipe.max_length)
     tower = _tower(models.student) if models.shared_tower else None
@@ -175,9 +180,9 @@ def footprint(
     logits = logits_chunk(shape, teacher_shape if both else None, rows=answers, **sizes)
     if teacher_shape is not None and stage.visual_kl_weight:
         # What the losses before it have left and its own chunk: their sum is the upper bound.
-        logits += logits_chunk(shape, teacher_shape, rows=stage.batch_size * visual, **sizes)
+        logits += logits_chunk(shape, teacher_shape, rows=samples * visual, **sizes)
     if teacher_shape is not None and stage.relation_weight:
-        logits += relation_loss(shape, teacher_shape, stage.batch_size, visual, **sizes)
+        logits += relation_loss(shape, teacher_shape, samples, visual, **sizes)
     if teacher_shape is not None and stage.hidden_weight:
         logits += hidden_loss(shape, teacher_shape, rows=answers, itemsize=compute)
     gathered = _gathered(states, models.student, tower, zero_stage, held)
@@ -281,7 +286,7 @@ def _gathered(
 
 def _maps(models: StageModels, visual: int, checkpointing: bool) -> AlignmentMaps:
     recipe, stage = models.recipe, models.stage
-    layout = one_image_layout(stage.batch_size, recipe.max_length, visual)
+    layout = one_image_layout(_micro_batch(recipe, stage), recipe.max_length, visual)
     objective = recipe.objective or ("row" if recipe.preset == "paper" else "pooled")
     repeated = checkpointing and not stage.keep_alignment
     kept = min(1, len(models.matches)) if repeated else len(models.matches)

@@ -222,6 +222,7 @@ def test_data_of_several_stages_are_read_once(folder):
         (["a.json"], ["3 (preference)"]),
         (["b"], ["4 (sft)"]),
         (["held.json"], ["held out"]),
+        (["held.json"], ["held out, as pairs"]),
     ]
 
 
