@@ -21,7 +21,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from cdfast.images import MAX_PIXELS
 from cdfast.terms import HIDDEN_OBJECTIVES, KL_OBJECTIVES, TEACHER_WEIGHTS, WEIGHTS
 from cdfast.yaml_file import parse_yaml, read_yaml
 
@@ -242,7 +241,7 @@ class Recipe:
         "dialogue", "dialogue, or independent: turns that share the image but not each other."
     )
     on_error: str = _option("raise", "Broken record or image: raise, or skip and count.")
-    max_pixels: int = _option(MAX_PIXELS, "Largest image that is decoded, in pixels.", at_least=1)
+    max_pixels: int = _option(64_000_000, "Largest image that is decoded, in pixels.", at_least=1)
     packing: bool = _option(
         False,
         "Several samples in one row without padding; a row is one process's forward pass and holds "

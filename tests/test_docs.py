@@ -113,6 +113,7 @@ def write_data(recipe):
         path.write_text(json.dumps(record if path.suffix == ".jsonl" else [record]))
 
     from cdfast.config import EMBEDDED_SCENES
+    from cdfast.stored_targets import FORMAT, INDEX_FILE
     from tests.cdfast.photo_setup import conversation
 
     record = {"conversations": conversation([("Who?", "I.")])}
@@ -124,6 +125,10 @@ def write_data(recipe):
             write(Path(name) if Path(name).suffix else Path(name) / "0.jsonl")
     for name in recipe.eval_data:
         write(Path(name))
+    if recipe.teacher_targets:
+        Path(recipe.teacher_targets).mkdir(parents=True)
+        index = json.dumps({"format": FORMAT, "facts": {}})
+        Path(recipe.teacher_targets, INDEX_FILE).write_text(index)
     for folder in recipe.eval_image_root:
         Path(folder).mkdir(parents=True, exist_ok=True)
 

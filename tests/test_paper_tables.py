@@ -290,7 +290,7 @@ def test_the_readme_has_the_tables_where_it_has_their_marker(records, arms, monk
     text = readme.rendered(others + "<!-- paper -->\nold\n<!-- /paper -->\n", results)
     assert "| cosine | 3 of 5 | 0.910 ± 0.010 | +0.400 [+0.400, +0.400] |" in text
     assert "(d) Aligned layers.** Differences are against intermediate." in text
-    assert "(e) Layer matching.**" in text
+    assert "(e) Layer matching: not run yet (`--tables matching`)." in text
     assert "(g2) Scenes of real picture content: not run yet (`--tables photos`)." in text
     assert "[Page with plots](benchmarks/results/paper_tables_cpu_202611.md)" in text
     assert "old" not in text

@@ -511,3 +511,9 @@ def test_no_teacher_is_needed_where_no_stage_distils():
     changed = override(recipe(), options)
     assert changed.teacher is None
     changed.check_runnable()
+
+
+def test_the_largest_image_is_that_of_the_image_reader():
+    from cdfast.images import MAX_PIXELS
+
+    assert Recipe().max_pixels == MAX_PIXELS
