@@ -8,7 +8,6 @@ next good record of the same data set, and counted too.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from cdfast.encoding import (
 from cdfast.images import MAX_PIXELS, DataError, ImageFile, check_image, load_image
 from cdfast.lengths import measure
 from cdfast.pairs import check_pair, check_pair_answers, encode_pair
+from cdfast.progress import is_first_rank, progress
 from cdfast.records import RecordFile
 
 __all__ = [
@@ -60,7 +60,6 @@ REASONS = (
     "chat template",
     "answer beyond max_length",
 )
-_PROGRESS_FROM = 2000
 # Records named for each reason in the results of a run; all are counted.
 _NAMED = 20
 
@@ -71,10 +70,6 @@ Roots = str | Path | Sequence[str | Path] | Mapping[Any, Any] | None
 def listed(value: Any) -> list:
     """One path, or several, as a list."""
     return [value] if isinstance(value, str | Path) else list(value or [])
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 class VisionTextDataset(Dataset):
@@ -192,14 +187,7 @@ class VisionTextDataset(Dataset):
     def _all_records(self) -> Any:
         total = sum(len(file.records) for file in self.files)
         records = ((f, r) for f, file in enumerate(self.files) for r in range(len(file.records)))
-        if total < _PROGRESS_FROM or not _is_first_rank():
-            return records
-        from rich.console import Console
-        from rich.progress import track
-
-        return track(
-            records, "Checking records", total=total, console=Console(stderr=True), transient=True
-        )
+        return progress(records, "Checking records", total)
 
     def _try_first(self) -> None:
         """Encode the first sample that can be, and check its labels against its answers."""
@@ -229,7 +217,7 @@ class VisionTextDataset(Dataset):
         )
 
     def _warn(self, reason: str, text: str) -> None:
-        if reason not in self._warned and _is_first_rank():
+        if reason not in self._warned and is_first_rank():
             warnings.warn(text, stacklevel=3)
         self._warned.add(reason)
 

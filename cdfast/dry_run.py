@@ -3,7 +3,6 @@ data."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,16 @@ from transformers import (
 )
 
 from cdfast.adapters import set_trainable
-from cdfast.aligner import VisualAttentionAligner
 from cdfast.arguments import check_zero_options
 from cdfast.config import EMBEDDED_SCENES, PROJECTOR_ONLY, ConfigError, Recipe
 from cdfast.data_check_run import check_recipe_data
 from cdfast.hidden_projector import hidden_projector_size
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
+from cdfast.progress import is_first_rank
 from cdfast.stages import Run, check_options
 from cdfast.stored_targets import read_index
-from cdfast.target_plan import check_storable
+from cdfast.target_plan import check_storable, recipe_aligner
 from cdfast.terms import weighted_terms
 
 
@@ -152,15 +151,7 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
                 f"{per_image} visual tokens per image"
             )
     if teacher is not None and any(s.alignment_weight for s in recipe.stages):
-        aligner = VisualAttentionAligner(
-            teacher,
-            student,
-            preset=recipe.preset,
-            matching=recipe.matching,
-            layers=recipe.layers,
-            objective=recipe.objective,
-            layer_reduction=recipe.layer_reduction,
-        )
+        aligner = recipe_aligner(recipe, teacher, student)
         chosen = aligner.matches or {}
         pairs = "; ".join(f"{s} <- {t[0]}..{t[-1]}" for s, t in chosen.items())
         console.print(
@@ -201,7 +192,7 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
     except ConfigError as error:
         console.print(f"not ready to run: {error}", markup=False)
         ready = False
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         return ready  # one rank looks at the data
     return check_recipe_data(recipe, console, samples=samples, path=json_path) and ready
 

@@ -8,7 +8,6 @@ header, once for every size.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from PIL import Image
 from cdfast.chat import chat_template
 from cdfast.encoding import Sample, begins_with_bos, process
 from cdfast.images import DataError, image_size
+from cdfast.progress import progress
 
-_PROGRESS_FROM = 2000
 # Texts that the tokenizer is given at once.
 _CHUNK = 256
 
@@ -109,16 +108,6 @@ def token_ids(visual: VisualTokens, texts: Sequence[str]) -> list[list[int]]:
         verbose=False,
     )
     return encoded["input_ids"]
-
-
-def progress(items: Sequence[int], title: str) -> Iterable[int]:
-    """`items`, with a progress bar on the first rank if there are many."""
-    if len(items) < _PROGRESS_FROM or os.environ.get("RANK", "0") != "0":
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, title, console=Console(stderr=True), transient=True)
 
 
 def _batched(items: Iterable[int], size: int) -> Iterator[tuple[int, ...]]:

@@ -16,7 +16,6 @@ from torch import Tensor
 IGNORE_INDEX = -100
 # Rows of logits, and of the output embedding in float32, that are held at once.
 KL_ROWS = 512
-_ENTROPY_ROWS = 256
 _GRAM_ROWS = 8192
 
 
@@ -82,6 +81,16 @@ def kl_loss_sum(
 
     Source: paper, logit distillation on answer tokens.
     """
+    return _chunked(student_hidden, student_weight, teacher_hidden, teacher_weight, False)
+
+
+def _chunked(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    cross_entropy: bool,
+) -> Tensor:
     if student_hidden.shape[0] == 0:
         return student_hidden.sum() * 0.0 + student_weight.sum() * 0.0
     shared = min(student_weight.shape[0], teacher_weight.shape[0])
@@ -93,13 +102,14 @@ def kl_loss_sum(
         student_weight[:shared].to(dtype),
         teacher_hidden.detach().to(dtype),
         teacher_weight[:shared].detach().to(dtype),
+        cross_entropy,
         torch.is_grad_enabled(),
     )
     return loss
 
 
 class _ChunkedKL(torch.autograd.Function):
-    """Sum of KL(softmax(h_t W_t^T) || softmax(h_s W_s^T)), all in one dtype.
+    """Sum of KL(softmax(h_t W_t^T) || softmax(h_s W_s^T)), or of the cross-entropy, in one dtype.
 
     d/d logits_s = softmax(logits_s) - softmax(logits_t), because the teacher's sum to 1. Gradients
     are kept divided by the number of rows: in float16 their sum could overflow.
@@ -112,6 +122,7 @@ class _ChunkedKL(torch.autograd.Function):
         weight: Tensor,
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
+        cross_entropy: bool,
         with_grad: bool,
     ) -> Tensor:
         of_hidden, of_weight = (needed and with_grad for needed in ctx.needs_input_grad[:2])
@@ -121,10 +132,10 @@ class _ChunkedKL(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for begin in range(0, len(hidden), KL_ROWS):
                 rows = slice(begin, begin + KL_ROWS)
-                loss, gradient = _kl_of_chunk(
-                    hidden[rows], weight, teacher_hidden[rows], teacher_weight, len(hidden)
-                )
+                tensors = hidden[rows], weight, teacher_hidden[rows], teacher_weight
+                loss, gradient = _loss_of_chunk(*tensors, cross_entropy)
                 total += loss
+                gradient = gradient.div_(len(hidden)).to(hidden.dtype)
                 if d_hidden is not None:
                     torch.mm(gradient, weight, out=d_hidden[rows])
                 if of_weight:
@@ -141,23 +152,24 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         scale = d_total * ctx.rows
         d_hidden, d_weight = (d if d is None else d * scale for d in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
-def _kl_of_chunk(
+def _loss_of_chunk(
     hidden: Tensor,
     weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    divisor: int,
+    cross_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence summed over rows, and 1/divisor of its gradient in the student's logits."""
+    """The loss summed over rows, and its gradient in the student's logits, float32."""
     # One expression each, so that no more than three float32 tensors of (rows, V) exist.
     log_p = _wide(F.linear(teacher_hidden, teacher_weight)).log_softmax(-1)
     log_q = _wide(F.linear(hidden, weight)).log_softmax(-1)
     p = log_p.exp()
-    loss = log_p.sub_(log_q).mul_(p).sum()
-    return loss, log_q.exp_().sub_(p).div_(divisor).to(hidden.dtype)
+    compared = log_p.zero_() if cross_entropy else log_p
+    loss = compared.sub_(log_q).mul_(p).sum()
+    return loss, log_q.exp_().sub_(p)
 
 
 def soft_cross_entropy_sum(
@@ -168,21 +180,14 @@ def soft_cross_entropy_sum(
 ) -> Tensor:
     """Sum over rows of -sum_v p_teacher(v) log p_student(v) = KL(teacher || student) + H(teacher).
 
-    The teacher's entropy H is a constant, so the gradient is that of `kl_loss_sum`, which makes it;
-    only the value differs. The entropy costs one more projection of the teacher's rows.
+    The teacher's entropy H is a constant, so the gradient is that of `kl_loss_sum`; only the value
+    differs.
 
     Args and Returns: see `kl_loss_sum`.
 
     Source: LLaVA-MoD, mimic distillation.
     """
-    entropy = teacher_hidden.new_zeros((), dtype=_wide(student_hidden).dtype)
-    shared = min(student_weight.shape[0], teacher_weight.shape[0])
-    with torch.no_grad():
-        weight = teacher_weight[:shared].to(student_hidden.dtype)
-        for rows in teacher_hidden.to(student_hidden.dtype).split(_ENTROPY_ROWS):
-            log_p = _wide(F.linear(rows, weight)).log_softmax(-1)
-            entropy -= (log_p.exp() * log_p).sum()
-    return kl_loss_sum(student_hidden, student_weight, teacher_hidden, teacher_weight) + entropy
+    return _chunked(student_hidden, student_weight, teacher_hidden, teacher_weight, True)
 
 
 def hidden_loss_sum(projected: Tensor, teacher_hidden: Tensor, objective: str = "cosine") -> Tensor:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import seed_worker
 
 from cdfast.collator import check_packable_samples
-from cdfast.lengths import progress
+from cdfast.progress import progress
 
 # Lengths are rounded up to this share of their mean, and samples of one rounded length change
 # places from epoch to epoch. It costs half of it, under 1% of a row.

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from cdfast.data import VisionTextDataset
 from cdfast.encoding import Sample, conversations_of
 from cdfast.images import DataError
-from cdfast.lengths import VisualTokens, progress, token_ids
+from cdfast.lengths import VisualTokens, token_ids
+from cdfast.progress import progress
 
 
 class SharedImages(Dataset[dict[str, Any]]):

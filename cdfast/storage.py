@@ -47,6 +47,11 @@ class CheckpointError(RuntimeError):
 # -- ranks -----------------------------------------------------------------------------------------
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that there is."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process among those that train: (rank, number of ranks)."""
     if dist.is_available() and dist.is_initialized():
@@ -97,7 +102,7 @@ def together(action: Callable[[], T], where: Path) -> T:
 
 def _storage_failure(error: Exception, where: Path) -> str | None:
     """Path, reason, what is whole and the remedy of a write that failed; None for other errors."""
-    existing = next((p for p in (where, *where.parents) if p.exists()), Path("."))
+    existing = nearest_existing(where)
     code = _errno(error) or _errno_of_a_write(existing)
     if code is None and not re.search(_TORCH_WRITER, str(error)):
         return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from cdfast.config import ConfigError
 from cdfast.losses import answer_rows, unshifted_rows
+from cdfast.storage import nearest_existing
 
 # Samples of a data set that are encoded for the estimate.
 MEASURED_SAMPLES = 64
@@ -85,8 +86,7 @@ def shown_bytes(size: float) -> str:
 
 def free_bytes(folder: Path) -> int:
     """Free on the disk that holds a folder, or will."""
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(nearest).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def check_space(needed: float, folder: Path) -> None:

@@ -58,7 +58,14 @@ from cdfast.stages import (
     user_errors,
     write_json,
 )
-from cdfast.storage import CheckpointError, prepare_run_folder, staged_folder, together, write_text
+from cdfast.storage import (
+    CheckpointError,
+    nearest_existing,
+    prepare_run_folder,
+    staged_folder,
+    together,
+    write_text,
+)
 from cdfast.watch import watch_ranks
 
 RECIPE_FILE = "recipe.yaml"
@@ -259,8 +266,7 @@ def check_writable(folder: Path) -> None:
         ConfigError: it, or the folder that is to hold it, is a file or takes no files.
     """
     try:
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=nearest):
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
             pass
     except (OSError, ValueError) as error:
         raise ConfigError(

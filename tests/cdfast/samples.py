@@ -5,6 +5,23 @@ import torch
 from tests.cdfast.tiny_models import IMAGE_TOKEN, NUM_VISUAL
 
 
+def one_step(folder, **changed):
+    """Options of a trainer that takes one plain SGD step on a CPU and writes nothing."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        **changed,
+    }
+
+
 class TinySamples(torch.utils.data.Dataset):
     """`size` samples as `cdfast.encoding.encode` returns them; every fourth has no image."""
 

@@ -20,7 +20,7 @@ from cdfast.train import main
 from cdfast.trainer import LayoutCollator
 from tests.cdfast import photo_setup
 from tests.cdfast.command import arguments, options, refused
-from tests.cdfast.samples import TinyPairs, TinySamples
+from tests.cdfast.samples import TinyPairs, TinySamples, one_step
 from tests.cdfast.tiny_families import qwen
 from tests.cdfast.tiny_models import (
     IMAGE_TOKEN,
@@ -58,21 +58,12 @@ class MixedSamples(TinySamples):
 
 
 def make_trainer(folder, models=None, size=12, **options):
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 1,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "packing": True,
-        "pack_tokens": 60,
-    }
+    values = one_step(
+        folder,
+        per_device_train_batch_size=2,
+        packing=True,
+        pack_tokens=60,
+    )
     teacher, student = models or (tiny_teacher(), tiny_llava())
     vision_tower(student)[2].requires_grad_(False)
     return DistillationTrainer(

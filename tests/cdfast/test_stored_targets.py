@@ -52,7 +52,7 @@ from cdfast.train import main as train
 from cdfast.trainer import LayoutCollator, unwrap_model
 from tests.cdfast.command import options as photo_options
 from tests.cdfast.command import refused
-from tests.cdfast.samples import TinySamples
+from tests.cdfast.samples import TinySamples, one_step
 from tests.cdfast.test_trainer import relative_change, state
 from tests.cdfast.tiny_models import (
     IMAGE_TOKEN,
@@ -79,24 +79,15 @@ def peaked_teacher():
 
 def trainer(folder, stored=None, aligner=None, **options):
     """Of one global step over all samples; online where nothing is stored."""
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 1,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "layers": "all",
-        "alignment_weight": 2.0,
-        "objective": "pooled_stored",
-    }
+    values = one_step(
+        folder,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        lr_scheduler_type="constant",
+        layers="all",
+        alignment_weight=2.0,
+        objective="pooled_stored",
+    )
     student, samples = tiny_llava(), TinySamples(SAMPLES)
     vision_tower(unwrap_model(student))[2].requires_grad_(False)
     if aligner is not None:

@@ -14,7 +14,7 @@ from cdfast import DistillationConfig, DistillationTrainer
 from cdfast.adapters import share_vision_tower, vision_tower
 from cdfast.collator import VisionTextCollator
 from cdfast.trainer import unwrap_model
-from tests.cdfast.samples import TinySamples
+from tests.cdfast.samples import TinySamples, one_step
 from tests.cdfast.tiny_models import tiny_llava, tiny_teacher
 
 TOLERANCE = 1e-5
@@ -23,22 +23,13 @@ TOLERANCE = 1e-5
 def make_trainer(
     folder, student=None, teacher=None, size=8, text_only_every=4, eval_dataset=None, **options
 ):
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "layers": "all",
-        "alignment_weight": 2.0,
-    }
+    values = one_step(
+        folder,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="constant",
+        layers="all",
+        alignment_weight=2.0,
+    )
     student = student or tiny_llava()
     vision_tower(unwrap_model(student))[2].requires_grad_(False)
     teacher = tiny_teacher() if teacher is None else teacher
