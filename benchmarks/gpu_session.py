@@ -7,10 +7,12 @@
     tune         launch settings for launch.py
     bench        all cases of the kernel benchmark
     train_step   the DFT step at the paper's sizes; only where it is named: --only train_step
+    packing      the same on samples of unequal lengths, padded, packed, shared images; as above
 
-Each step has a time limit of its own, together 25 minutes (train_step: 9.5 more); a step that fails
-or is stopped does not stop the next. Logs, JUnit files and results are written to --output as they
-come, logs/session.json says how each step ended, and --archive keeps all of it in one .tar.gz.
+Each step has a time limit of its own, together 25 minutes (train_step 9.5 and packing 4 more); a
+step that fails or is stopped does not stop the next. Logs, JUnit files and results are written to
+--output as they come, logs/session.json says how each step ended, and --archive keeps all of it in
+one .tar.gz.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ def steps(output: Path) -> list[Step]:
             name="train_step",
             by_default=False,
         ),
+        benchmark("bench_packing", 3, output, name="packing", by_default=False),
     ]
 
 

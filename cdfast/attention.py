@@ -38,8 +38,7 @@ from cdfast.pooled_vectors import PooledVectors, pooled_vector_loss
 ATTENTION_NAME = "cdfast"
 
 # Models that let the tokens of an image (PaliGemma: and of the prompt) see keys behind their own
-# row. The definitions would carry over, since they speak of visible keys alone; `VisualLayout` and
-# the kernels, which skip everything behind a row, do not.
+# row, which no row of a `VisualLayout` does; docs/families.md says what else stands against them.
 _BIDIRECTIONAL_IMAGES = ("gemma3", "paligemma")
 
 # Backends of `cdfast_kernels` that compute attention alone: the loss is computed beside them.
