@@ -9,7 +9,7 @@ from benchmarks.paper_arms import ARMS, EVALUATION, ROW_LABELS, TABLES, Table
 from benchmarks.paper_records import Records, stale
 from benchmarks.paper_statistics import paired, summary
 from benchmarks.result_files import headline, table
-from cdfast.statistics import wilson_interval
+from cdfast.evaluation.statistics import wilson_interval
 
 if TYPE_CHECKING:  # importing it loads models' code, which readme.py has no use for
     from benchmarks.paper_resolve import Resolved

@@ -25,8 +25,8 @@ from cdfast.matching import (
     match_official,
     match_simple,
 )
-from cdfast.pooled_vectors import STORED_OBJECTIVE, PooledVectors, pool_map
 from cdfast.similarity import layer_similarity, matched_similarity, model_inputs, num_layers
+from cdfast.stored_targets.pooled_vectors import STORED_OBJECTIVE, PooledVectors, pool_map
 
 # Sizes in configurations that decide how many visual tokens a picture becomes.
 _GRID_SIZES = (

@@ -25,22 +25,22 @@ from rich.console import Console
 from transformers import AutoProcessor, PreTrainedModel
 
 from cdfast.aligner import image_token_id
-from cdfast.analysis import ROWS, SUBSTITUTE_ROWS, Plan
-from cdfast.analysis_output import draw_cases, draw_figures, explorer_cases, results_table
-from cdfast.analysis_report import EXPLORER_FILE, UNAVAILABLE, write_analysis_page
-from cdfast.analysis_run import Settings, analyze_cases, make_plan, write_analysis
-from cdfast.analysis_summary import RESAMPLES
-from cdfast.cases import ANSWER_TOKENS, Case, cases_of_file, cases_of_questions
+from cdfast.analysis.cases import ANSWER_TOKENS, Case, cases_of_file, cases_of_questions
+from cdfast.analysis.explorer import explorer_data
+from cdfast.analysis.measure import ROWS, SUBSTITUTE_ROWS, Plan
+from cdfast.analysis.output import draw_cases, draw_figures, explorer_cases, results_table
+from cdfast.analysis.report import EXPLORER_FILE, UNAVAILABLE, write_analysis_page
+from cdfast.analysis.run import Settings, analyze_cases, make_plan, write_analysis
+from cdfast.analysis.substitution import RENORMALISE
+from cdfast.analysis.summary import RESAMPLES
 from cdfast.config import EMBEDDED_SCENES, EMBEDDED_TEACHERS, MINIATURE, ConfigError
-from cdfast.explorer import explorer_data
 from cdfast.images import DataError
 from cdfast.matching import LAYER_RANGES
+from cdfast.miniature.suites import miniature_suite
+from cdfast.miniature.worlds import WORLDS
 from cdfast.models import load_config, load_model
 from cdfast.planes import GeometryError
-from cdfast.substitution import RENORMALISE
-from cdfast.suites import miniature_suite
 from cdfast.synthetic import teacher_path
-from cdfast.worlds import WORLDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from cdfast.pooled_vectors import PooledVectors, pooled_vector_loss
+from cdfast.stored_targets.pooled_vectors import PooledVectors, pooled_vector_loss
 
 ATTENTION_NAME = "cdfast"
 

@@ -37,7 +37,7 @@ from cdfast.losses import (
     unshifted_rows,
 )
 from cdfast.preference import answer_log_probs
-from cdfast.top_k import TopK, top_k_kl_sum
+from cdfast.stored_targets.top_k import TopK, top_k_kl_sum
 
 # Terms that compare last hidden states, or logits made of them, and the rows they are over.
 _ROWS = {"kl": "answer", "hidden": "answer", "visual_kl": "visual", "relation": "visual"}

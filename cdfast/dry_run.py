@@ -22,14 +22,14 @@ from transformers import (
 from cdfast.adapters import set_trainable
 from cdfast.arguments import check_zero_options
 from cdfast.config import EMBEDDED_SCENES, PROJECTOR_ONLY, ConfigError, Recipe
-from cdfast.data_check_run import check_recipe_data
+from cdfast.data_check.run import check_recipe_data
 from cdfast.hidden_projector import hidden_projector_size
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, teacher_source
 from cdfast.progress import is_first_rank
 from cdfast.stages import Run, check_options
-from cdfast.stored_targets import read_index
-from cdfast.target_plan import check_storable, recipe_aligner
+from cdfast.stored_targets.files import read_index
+from cdfast.stored_targets.plan import check_storable, recipe_aligner
 from cdfast.terms import weighted_terms
 
 
@@ -71,8 +71,8 @@ def model_configs(recipe: Recipe) -> tuple[PreTrainedConfig | None, PreTrainedCo
         if recipe.teacher:
             teacher = load_config(teacher_source(recipe), recipe.trust_remote_code)
         if recipe.student in EMBEDDED_SCENES:
+            from cdfast.miniature.worlds import WORLDS
             from cdfast.synthetic import miniature_configs
-            from cdfast.worlds import WORLDS
 
             text = miniature_configs(WORLDS[recipe.student])[1]
         else:

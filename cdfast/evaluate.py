@@ -3,7 +3,7 @@
     python -m cdfast.evaluate MODEL [MODEL ...] [--per-kind N] [--json FILE]
     python -m cdfast.evaluate MODEL [MODEL ...] --tasks TASK [TASK ...] [--data DIR]
 
-With --tasks see docs/evaluation.md and `cdfast.evaluate_tasks`. Without, the miniature: each
+With --tasks see docs/evaluation.md and `cdfast.evaluation`. Without, the miniature: each
 question is scored twice, the most likely of its choices (accuracy), and whether the model's free
 greedy continuation begins with the answer (greedy). Which of two captions fits is asked in both
 orders. Chance is 1 / number of choices; text-only is a model trained without images.
@@ -27,16 +27,16 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cdfast.config import EMBEDDED_TEACHERS, MINIATURE
-from cdfast.evaluate_tasks import evaluate_tasks
-from cdfast.evaluation_run import SCORINGS
+from cdfast.evaluation.evaluate_tasks import evaluate_tasks
+from cdfast.evaluation.run import SCORINGS
+from cdfast.evaluation.scoring import MAX_NEW_TOKENS, likelihoods
+from cdfast.evaluation.statistics import wilson_interval
+from cdfast.evaluation.tasks import SHORTHANDS, TASKS
 from cdfast.images import DataError
+from cdfast.miniature.suites import Question, miniature_suite, with_shuffled_images
+from cdfast.miniature.worlds import WORLDS
 from cdfast.models import load_config
-from cdfast.scoring import MAX_NEW_TOKENS, likelihoods
-from cdfast.statistics import wilson_interval
-from cdfast.suites import Question, miniature_suite, with_shuffled_images
 from cdfast.synthetic import read_card, teacher_path
-from cdfast.tasks import SHORTHANDS, TASKS
-from cdfast.worlds import WORLDS
 
 __all__ = ["Question", "evaluate", "miniature_suite", "results_table", "with_shuffled_images"]
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from cdfast.checkpoint import verify
 from cdfast.engine import unsharded_loading
 from cdfast.hidden_projector import split_state
-from cdfast.model_card import write_model_card
+from cdfast.sharing.model_card import write_model_card
 from cdfast.storage import CheckpointError, staged_folder
 from cdfast.yaml_file import read_yaml
 

@@ -25,9 +25,9 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 
 from cdfast.config import ConfigError
 from cdfast.export import has_processor
-from cdfast.model_card import write_card_of
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig, FetchedAdapterProjector
 from cdfast.models import load_config, load_model
+from cdfast.sharing.model_card import write_card_of
 from cdfast.storage import CheckpointError, staged_folder, write_text
 
 # What the student's configuration has beyond that of a plain LLaVA model.

@@ -258,8 +258,8 @@ def init_projector(model: PreTrainedModel) -> None:
 def make_initial_student(recipe: Recipe, processor: Any, folder: Path) -> None:
     """Write the student the first stage starts from: assembled, with a new projector if due."""
     if recipe.student in EMBEDDED_SCENES:
+        from cdfast.miniature.worlds import WORLDS
         from cdfast.synthetic import make_student
-        from cdfast.worlds import WORLDS
 
         with tempfile.TemporaryDirectory() as scratch:
             source = make_student(Path(scratch) / "student", recipe.seed, WORLDS[recipe.student])

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from cdfast.distill import TeacherOutput
 from cdfast.manifest import checkpoints, is_complete
-from cdfast.pooled_vectors import PooledVectors
+from cdfast.stored_targets.pooled_vectors import PooledVectors
 
 if TYPE_CHECKING:  # importing it takes a second, and cdfast.train needs the error alone
     from transformers import Trainer

@@ -36,7 +36,7 @@ from cdfast.similarity import map_similarity, model_inputs, similarity_rows
 
 if TYPE_CHECKING:
     from cdfast.config import Recipe
-    from cdfast.suites import Question
+    from cdfast.miniature.suites import Question
 
 # Samples per forward of the similarity: its maps are (batch, text, visual) per matched layer.
 SIMILARITY_BATCH = 4
@@ -181,8 +181,8 @@ class Probe:
 
 def probe_questions(recipe: Recipe) -> Sequence[Question]:
     """Of the recipe's suite: its validation split, as the test split judges the trained student."""
-    from cdfast.suites import miniature_suite
-    from cdfast.worlds import WORLDS
+    from cdfast.miniature.suites import miniature_suite
+    from cdfast.miniature.worlds import WORLDS
 
     per_kind = recipe.eval_questions
     if per_kind is None:

@@ -33,8 +33,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from cdfast.config import HUB_ARGUMENTS, ConfigError, Recipe
-from cdfast.model_card import CARD_FILE, is_ours, model_card
-from cdfast.upload_files import HubError, Target, upload_files
+from cdfast.sharing.model_card import CARD_FILE, is_ours, model_card
+from cdfast.sharing.upload_files import HubError, Target, upload_files
 
 # Names of a model's weights: those of an earlier upload must not stay beside new ones.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cdfast.analysis_report import Analyses, analysis_section, explorer_part
+from cdfast.analysis.explorer_page import SCRIPT
+from cdfast.analysis.report import Analyses, analysis_section, explorer_part
 from cdfast.curves import evaluation_section
-from cdfast.explorer_page import SCRIPT
 from cdfast.page import MISSING, details, figure, fixed, general, listed, option, page, table, text
 from cdfast.terms import OWN, TERMS
 
@@ -73,7 +73,7 @@ def write_report(
         results: run name -> contents of its results.json; the first is the main run, the others
             are the variants of --compare. Sections whose data a run lacks are left out.
         analyses: run name -> contents of its analysis.json, or {"unavailable": reason}.
-        explorer: data of `cdfast.explorer`, or {"unavailable": reason}.
+        explorer: data of `cdfast.analysis.explorer`, or {"unavailable": reason}.
 
     Returns:
         The path of the page.

@@ -132,9 +132,9 @@ def measure_accuracy(
         ValueError: a question is about a scene of `trained_scenes`.
     """
     from cdfast.evaluate import evaluate
-    from cdfast.suites import miniature_suite
+    from cdfast.miniature.suites import miniature_suite
+    from cdfast.miniature.worlds import WORLDS
     from cdfast.synthetic import check_disjoint, read_card
-    from cdfast.worlds import WORLDS
 
     assert recipe.evaluate is not None
     questions = miniature_suite(

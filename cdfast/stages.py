@@ -49,8 +49,8 @@ from cdfast.probes import (
     samples_with_image,
 )
 from cdfast.storage import staged_folder, together, write_text
-from cdfast.stored_targets import WithStoredTargets, read_index
-from cdfast.target_plan import check_storable, open_targets, stored_aligner
+from cdfast.stored_targets.files import WithStoredTargets, read_index
+from cdfast.stored_targets.plan import check_storable, open_targets, stored_aligner
 from cdfast.terms import WEIGHTS, weighted_terms
 
 STAGE_FILE = "stage.json"
@@ -220,8 +220,8 @@ def stage_dataset(run: Run, number: int) -> Any:
     recipe, stage = run.recipe, run.recipe.stages[number - 1]
     data = stage.data or recipe.data
     if uses_scenes(recipe, number):
+        from cdfast.miniature.worlds import WORLDS
         from cdfast.synthetic import SceneDataset
-        from cdfast.worlds import WORLDS
 
         steps = stage.max_steps
         if steps < 1:
@@ -281,7 +281,7 @@ def _with_shared_images(run: Run, opened: Any) -> Any:
 
 
 def _encoded_scenes(scenes: Any, processor: Any, pairs: bool) -> Any:
-    from cdfast.preference_scenes import PreferenceScenes
+    from cdfast.miniature.preference_scenes import PreferenceScenes
     from cdfast.synthetic import EncodedScenes
 
     return (PreferenceScenes if pairs else EncodedScenes)(scenes, processor)

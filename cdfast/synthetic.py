@@ -1,8 +1,8 @@
 """The embedded miniature: training sets of scenes, processors, teachers and students.
 
 `SceneDataset` feeds the same path as real data; `teacher_path(name)` is a checkpoint that comes
-with the package (made by `python -m cdfast.build_miniature`), and `make_student` writes an
-untrained student beside it. What scenes are made of is a `World` (`cdfast.worlds`).
+with the package (made by `python -m cdfast.miniature.build`), and `make_student` writes an
+untrained student beside it. What scenes are made of is a `World` (`cdfast.miniature.worlds`).
 
 Source of the question kinds: SugarCrepe (arXiv 2306.14610).
 """
@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from cdfast.encoding import Sample, encode
-from cdfast.questions import TURN_KINDS, Turn, draw_turns, normalise_mix
-from cdfast.scenes import (
+from cdfast.miniature.questions import TURN_KINDS, Turn, draw_turns, normalise_mix
+from cdfast.miniature.scenes import (
     COLOURS,
     COLUMNS,
     IMAGE_SIZE,
@@ -49,7 +49,7 @@ from cdfast.scenes import (
     scene_key,
     split_of,
 )
-from cdfast.worlds import PHOTOS
+from cdfast.miniature.worlds import PHOTOS
 
 __all__ = [
     "TURN_KINDS",
@@ -346,7 +346,7 @@ def teacher_path(name: str = TOYS.name) -> Path:
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"teacher {name!r}: expected its checkpoint in {folder}; found none. Make it with "
-            f"python -m cdfast.build_miniature --which {name}"
+            f"python -m cdfast.miniature.build --which {name}"
         )
     return folder
 

@@ -41,7 +41,7 @@ from cdfast.dry_run import meta_model, model_configs
 from cdfast.models import load_model, load_processor, teacher_source
 from cdfast.stages import Run, check_stages, stage_arguments, stage_dataset, user_errors
 from cdfast.storage import CheckpointError, write_text
-from cdfast.stored_targets import (
+from cdfast.stored_targets.files import (
     ALIGNMENT,
     FORMAT,
     INDEX_FILE,
@@ -52,8 +52,8 @@ from cdfast.stored_targets import (
     shard_problem,
     write_shard,
 )
-from cdfast.target_maker import TargetMaker
-from cdfast.target_plan import (
+from cdfast.stored_targets.maker import TargetMaker
+from cdfast.stored_targets.plan import (
     check_storable,
     common_facts,
     data_facts,
@@ -65,7 +65,7 @@ from cdfast.target_plan import (
     require_length,
     shared_vocabulary,
 )
-from cdfast.target_sizes import (
+from cdfast.stored_targets.sizes import (
     Measured,
     check_space,
     free_bytes,

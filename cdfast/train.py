@@ -41,13 +41,13 @@ from cdfast.config import (
     to_dict,
 )
 from cdfast.data import DataError
-from cdfast.model_card import RESULTS_FILE, write_model_card
 from cdfast.models import load_processor, make_initial_student
 from cdfast.nonfinite import NonFiniteError
 from cdfast.push import HubError, hub_target, prepare_upload, push_run
 from cdfast.records import printable
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
+from cdfast.sharing.model_card import RESULTS_FILE, write_model_card
 from cdfast.stages import (
     Run,
     check_stages,
@@ -215,7 +215,7 @@ def report(places: Mapping[str, tuple[Recipe, Path]], results: Mapping[str, Any]
         results: run name -> what its results.json holds.
     """
     # One rank writes the page: the others need no matplotlib.
-    from cdfast.analysis_of_runs import TrainedRun, analyze_runs
+    from cdfast.analysis.of_runs import TrainedRun, analyze_runs
 
     _, folder = next(iter(places.values()))
     write_report(folder, results)

@@ -29,7 +29,7 @@ from cdfast.preference import kto_pair_sum, larger_reward_sum, reference_kl
 from cdfast.probes import undisturbed
 from cdfast.resumable import ResumableTrainer
 from cdfast.similarity import model_inputs
-from cdfast.stored_targets import StoredTargets
+from cdfast.stored_targets.files import StoredTargets
 from cdfast.terms import (
     ANSWER_ROWS,
     IMAGE_SAMPLES,
@@ -141,7 +141,7 @@ class DistillationTrainer(ResumableTrainer):
         if stored_targets is not None and args.alignment_weight > 0 and aligner is None:
             raise ValueError(
                 "aligner: expected one beside stored_targets, because alignment_weight > 0; got "
-                "None. Make it with cdfast.target_plan.stored_aligner."
+                "None. Make it with cdfast.stored_targets.plan.stored_aligner."
             )
         student = unwrap_model(model)
         use_cdfast_attention(student)

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import cdfast.maps
-from cdfast.scenes import render
+from cdfast.miniature.scenes import render
 from cdfast.synthetic import SceneDataset, teacher_path
 
 device = "cuda" if torch.cuda.is_available() else "cpu"

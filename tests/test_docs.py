@@ -113,7 +113,7 @@ def write_data(recipe):
         path.write_text(json.dumps(record if path.suffix == ".jsonl" else [record]))
 
     from cdfast.config import EMBEDDED_SCENES
-    from cdfast.stored_targets import FORMAT, INDEX_FILE
+    from cdfast.stored_targets.files import FORMAT, INDEX_FILE
     from tests.cdfast.photo_setup import conversation
 
     record = {"conversations": conversation([("Who?", "I.")])}
@@ -178,7 +178,7 @@ def test_targets_commands_are_valid(command, capsys):
 
 
 def test_sizes_of_stored_targets_are_those_of_the_formula():
-    from cdfast.target_sizes import map_bytes, stored_bytes
+    from cdfast.stored_targets.sizes import map_bytes, stored_bytes
 
     page = (ROOT / "docs" / "stored-targets.md").read_text()
 
@@ -200,7 +200,7 @@ def test_sizes_of_stored_targets_are_those_of_the_formula():
 @pytest.mark.parametrize("command", commands_with("cdfast.evaluate"))
 def test_evaluate_commands_are_valid(command):
     from cdfast.evaluate import command_parser
-    from cdfast.tasks import chosen_tasks
+    from cdfast.evaluation.tasks import chosen_tasks
 
     words = shlex.split(command)
     options = command_parser().parse_args(words[words.index("cdfast.evaluate") + 1 :])
@@ -209,7 +209,7 @@ def test_evaluate_commands_are_valid(command):
 
 
 def test_every_task_and_file_is_on_the_page_of_evaluation():
-    from cdfast.tasks import SHORTHANDS, TASKS
+    from cdfast.evaluation.tasks import SHORTHANDS, TASKS
 
     page = (ROOT / "docs" / "evaluation.md").read_text()
     assert all(f"`{name}`" in page for name in (*TASKS, *SHORTHANDS))
@@ -263,7 +263,7 @@ def test_streaming_example_runs(tmp_path, monkeypatch, capsys):
 
 def test_the_page_of_data_names_formats_and_options_as_they_are():
     from cdfast.config import RECIPE_FIELDS
-    from cdfast.data_check_run import GENERATED, STREAMED
+    from cdfast.data_check.run import GENERATED, STREAMED
     from cdfast.shards import SUFFIXES
 
     page = (ROOT / "docs" / "data.md").read_text()

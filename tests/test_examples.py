@@ -164,7 +164,7 @@ def plain_training(steps, size):
 
 @pytest.mark.slow
 def test_maps_are_of_the_object_asked_about_and_drawn_on_the_picture(tmp_path):
-    from cdfast.scenes import render
+    from cdfast.miniature.scenes import render
     from cdfast.synthetic import SceneDataset
 
     text = run("attention_maps.py", str(tmp_path / "overlay.png"))

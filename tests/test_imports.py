@@ -61,7 +61,7 @@ def test_importing_the_kernels_loads_no_trainer():
     assert loaded_after("import cdfast_kernels", foreign) == []
 
 
-@pytest.mark.parametrize("path", files(TRAINER), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", files(TRAINER), ids=lambda p: str(p.relative_to(TRAINER)))
 def test_trainer_uses_the_kernels_public_names_only(path):
     import cdfast_kernels
 
@@ -70,10 +70,14 @@ def test_trainer_uses_the_kernels_public_names_only(path):
 
 
 def trainer_graph():
-    """Module of cdfast -> modules of cdfast that it imports."""
-    modules = {p.stem: p for p in files(TRAINER) if p.stem != "__init__"}
+    """Module of cdfast, as "analysis.plots" -> modules of cdfast that it imports."""
+    modules = {
+        ".".join(path.relative_to(TRAINER).with_suffix("").parts): path
+        for path in files(TRAINER)
+        if path.stem != "__init__"
+    }
     return {
-        name: {n.split(".")[1] for n in imported(path) if n.startswith("cdfast.")} & set(modules)
+        name: {n.removeprefix("cdfast.") for n in imported(path)} & set(modules)
         for name, path in modules.items()
     }
 
@@ -82,6 +86,13 @@ def test_trainer_modules_import_in_one_direction():
     order = list(graphlib.TopologicalSorter(trainer_graph()).static_order())  # raises on a cycle
     chain = ["attention", "aligner", "distill", "trainer", "train"]
     assert [name for name in order if name in chain] == chain
+
+
+@pytest.mark.parametrize("package", sorted(p.parent.name for p in TRAINER.glob("*/__init__.py")))
+def test_packages_are_named_and_empty(package):
+    """Importing one module of a package loads no other: `__init__.py` holds a sentence."""
+    [node] = ast.parse((TRAINER / package / "__init__.py").read_text()).body
+    assert isinstance(node.value, ast.Constant)
 
 
 @pytest.mark.parametrize("name", ["matching", "losses", "modeling_cdfast_llava", "config", "terms"])

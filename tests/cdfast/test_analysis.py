@@ -9,12 +9,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from cdfast.aligner import image_token_id
-from cdfast.analysis import Plan, measure
-from cdfast.cases import Case, cases_of_file, cases_of_questions, encode_cases
+from cdfast.analysis.cases import Case, cases_of_file, cases_of_questions, encode_cases
+from cdfast.analysis.measure import Plan, measure
+from cdfast.analysis.substitution import Substitution
 from cdfast.config import ConfigError
 from cdfast.images import DataError
-from cdfast.substitution import Substitution
-from cdfast.suites import miniature_suite
+from cdfast.miniature.suites import miniature_suite
 from tests.cdfast.tiny_families import llava, photo, qwen, smolvlm
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
@@ -234,7 +234,7 @@ def test_rows_in_chunks_are_the_same(models, monkeypatch):
     encoded = encode(models)
     options = {"substituted": {1: (1, 2)}, "rows": "text"}
     whole = measure(models[0], encoded, plan(**options))
-    monkeypatch.setattr("cdfast.substitution._CHUNK", 1000)
+    monkeypatch.setattr("cdfast.analysis.substitution._CHUNK", 1000)
     monkeypatch.setattr("cdfast.observe._CHUNK", 1000)
     parts = measure(models[0], encoded, plan(**options))
     for a, b in zip(whole, parts):

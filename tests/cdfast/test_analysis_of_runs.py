@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cdfast import analysis_of_runs, analysis_run
-from cdfast.analysis_of_runs import TrainedRun, analyze_runs, baseline_of, unavailable
+from cdfast.analysis import of_runs as analysis_of_runs
+from cdfast.analysis import run as analysis_run
+from cdfast.analysis.of_runs import TrainedRun, analyze_runs, baseline_of, unavailable
 from cdfast.config import ConfigError, Recipe, StageRecipe, load_recipe, override
 from cdfast.train import main
 from tests.cdfast import photo_setup

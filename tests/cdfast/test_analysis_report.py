@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from cdfast.analysis_numbers import against_zero
-from cdfast.analysis_report import UNAVAILABLE, analysis_section
-from cdfast.analysis_run import Settings
-from cdfast.analysis_summary import summarise
+from cdfast.analysis.numbers import against_zero
+from cdfast.analysis.report import UNAVAILABLE, analysis_section
+from cdfast.analysis.run import Settings
+from cdfast.analysis.summary import summarise
 from cdfast.report import write_report
 from tests.cdfast.test_report import Page, five_runs, run, written
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cdfast import analysis_run, analyze
-from cdfast.analysis_summary import (
+from cdfast import analyze
+from cdfast.analysis import run as analysis_run
+from cdfast.analysis.summary import (
     bootstrap,
     bootstrap_mean,
     pearson,
@@ -21,8 +22,8 @@ from cdfast.analysis_summary import (
     summarise,
 )
 from cdfast.evaluate import evaluate
+from cdfast.miniature.suites import miniature_suite
 from cdfast.models import load_model
-from cdfast.suites import miniature_suite
 from cdfast.synthetic import build_miniature_model, make_processor, miniature_configs, teacher_path
 from tests.cdfast.test_report import Page
 from tests.cdfast.tiny_families import FAMILIES, llava, photo

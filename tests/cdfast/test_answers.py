@@ -2,7 +2,7 @@
 
 import pytest
 
-from cdfast.answers import parse_reply
+from cdfast.evaluation.answers import parse_reply
 
 LETTERS = ("A", "B")
 OPTIONS = ("red circle left blue square", "blue circle left red square")

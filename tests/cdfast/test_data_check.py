@@ -8,17 +8,17 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cdfast.check_samples import FileSamples
 from cdfast.config import Recipe, StageRecipe
 from cdfast.data import load_dataset
-from cdfast.data_check import (
+from cdfast.data_check.check import (
     DataCheck,
     Options,
     check_masks,
     evenly_spaced,
     findings,
 )
-from cdfast.data_check_run import check_recipe_data, data_sets
+from cdfast.data_check.run import check_recipe_data, data_sets
+from cdfast.data_check.samples import FileSamples
 from cdfast.images import DataError
 from tests.cdfast.photo_setup import NUM_VISUAL, conversation, make_processor
 
@@ -53,7 +53,7 @@ def checked(folder, records, processor=PROCESSOR, workers=0, **options):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_counts_of_records_as_training_encodes_them(folder, workers, monkeypatch):
-    monkeypatch.setattr("cdfast.data_check._AT_ONCE", 2)  # so that there is work for both
+    monkeypatch.setattr("cdfast.data_check.check._AT_ONCE", 2)  # so that there is work for both
     records = [
         record(),
         record("A very long story about a cat, " * 5),
@@ -173,7 +173,7 @@ def test_a_wrong_answer_mask_stops_the_run(folder, monkeypatch):
     def mismatch(*args):
         raise DataError("labels: expected others", reason="chat template")
 
-    monkeypatch.setattr("cdfast.data_check.check_answers", mismatch)
+    monkeypatch.setattr("cdfast.data_check.check.check_answers", mismatch)
     _, stops = checked(folder, [record()], on_error="skip")
     assert stops == ["the answer mask is wrong: labels: expected others"]
 
@@ -236,7 +236,7 @@ def run(folder, monkeypatch, records, processor=PROCESSOR, samples=None, **optio
             raise ConfigError("model 's' has a processor that cannot be loaded")
         return processor
 
-    monkeypatch.setattr("cdfast.data_check_run.load_processor", load)
+    monkeypatch.setattr("cdfast.data_check.run.load_processor", load)
     (folder / "d.json").write_text(json.dumps(records))
     data = [str(folder / "d.json")]
     made = recipe(folder, [{"stage": "dpt"}, {"stage": "dft"}], **{"data": data, **options})
@@ -292,7 +292,7 @@ def test_an_interrupt_keeps_what_was_found(folder, monkeypatch):
         yield from list(findings(samples, check, 0))[:2]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cdfast.data_check_run.findings", stopping)
+    monkeypatch.setattr("cdfast.data_check.run.findings", stopping)
     fits, printed, content = run(folder, monkeypatch, [record()] * 5)
     [result] = content["data_sets"]
     assert not fits

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cdfast import delegated, evaluate_tasks
-from cdfast.delegated import DELEGATED, Delegated, answering, measured_of, run_delegated
 from cdfast.evaluate import main
-from cdfast.evaluation_run import ResultsError
-from cdfast.suites import miniature_suite
+from cdfast.evaluation import delegated, evaluate_tasks
+from cdfast.evaluation.delegated import DELEGATED, Delegated, answering, measured_of, run_delegated
+from cdfast.evaluation.run import ResultsError
+from cdfast.evaluation.tasks import AVERAGES, TASKS
+from cdfast.miniature.suites import miniature_suite
 from cdfast.synthetic import teacher_path
-from cdfast.tasks import AVERAGES, TASKS
 from tests.cdfast.test_evaluation_tasks import FILES
 
 DOCUMENTS = 6

@@ -16,7 +16,6 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from cdfast import scoring as module
 from cdfast.encoding import Sample, encode
 from cdfast.evaluate import (
     Question,
@@ -26,8 +25,9 @@ from cdfast.evaluate import (
     wilson_interval,
     with_shuffled_images,
 )
-from cdfast.questions import VQA_KINDS, vqa_choices
-from cdfast.scenes import CR_KINDS, TOYS, split_of
+from cdfast.evaluation import scoring as module
+from cdfast.miniature.questions import VQA_KINDS, vqa_choices
+from cdfast.miniature.scenes import CR_KINDS, TOYS, split_of
 from cdfast.synthetic import (
     SceneDataset,
     build_miniature_model,

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cdfast import evaluation_run
 from cdfast.evaluate import main
-from cdfast.evaluation_files import LeftOut
-from cdfast.evaluation_run import ResultsError, results_file, run_task
+from cdfast.evaluation import run as evaluation_run
+from cdfast.evaluation.files import LeftOut
+from cdfast.evaluation.measures import measure, score
+from cdfast.evaluation.run import ResultsError, results_file, run_task
+from cdfast.evaluation.tasks import TASKS, load_items
 from cdfast.images import DataError
-from cdfast.measures import measure, score
 from cdfast.synthetic import teacher_path
-from cdfast.tasks import TASKS, load_items
 from tests.cdfast import photo_setup
 from tests.cdfast.test_evaluation_tasks import FILES
 
@@ -189,7 +189,7 @@ def test_batch_size_changes_no_score(loaded, tmp_path):
 
 def test_teacher_of_the_miniature_knows_the_test_files(tmp_path, monkeypatch):
     """The readers' labels are right: asked in its own words, a model that can see agrees."""
-    from cdfast import caption_tasks
+    from cdfast.evaluation import caption_tasks
 
     monkeypatch.setattr(caption_tasks, "CHOICE_PROMPT", "which fits A {} B {} ?")
     monkeypatch.setattr(caption_tasks, "MATCH_PROMPT", "true {} ?")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cdfast.evaluation_files import LeftOut
+from cdfast.evaluation.files import LeftOut
+from cdfast.evaluation.tasks import TASKS, chosen_tasks, load_items
 from cdfast.images import DataError
-from cdfast.scenes import CR_KINDS
-from cdfast.suites import miniature_suite
-from cdfast.tasks import TASKS, chosen_tasks, load_items
+from cdfast.miniature.scenes import CR_KINDS
+from cdfast.miniature.suites import miniature_suite
 
 DATA = Path(__file__).parents[1] / "data"
 FILES = DATA / "evaluation"

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from cdfast import explorer as module
 from cdfast import geometry
-from cdfast.cases import Case
-from cdfast.explorer import explorer_data, nearest, picture_uri, spread
-from cdfast.explorer_page import explorer_section
+from cdfast.analysis import explorer as module
+from cdfast.analysis.cases import Case
+from cdfast.analysis.explorer import explorer_data, nearest, picture_uri, spread
+from cdfast.analysis.explorer_page import explorer_section
 from cdfast.images import load_image
 from cdfast.maps import batch_attention_maps
 from cdfast.prompts import encode_prompts

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cdfast import geometry
-from cdfast.explorer import explorer_data
-from cdfast.explorer_page import SCRIPT, explorer_section
+from cdfast.analysis.explorer import explorer_data
+from cdfast.analysis.explorer_page import SCRIPT, explorer_section
 from cdfast.maps import batch_attention_maps
 from cdfast.page import data_block, page
 from tests.cdfast.browser import Browser

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cdfast.caption_tasks import _matching, _which
-from cdfast.evaluation_files import LeftOut
-from cdfast.measures import compare, measure, score, unparsed
-from cdfast.statistics import mcnemar_p, wilson_interval
-from cdfast.suites import Item
-from cdfast.tasks import TASKS, load_items
+from cdfast.evaluation.caption_tasks import _matching, _which
+from cdfast.evaluation.files import LeftOut
+from cdfast.evaluation.measures import compare, measure, score, unparsed
+from cdfast.evaluation.statistics import mcnemar_p, wilson_interval
+from cdfast.evaluation.tasks import TASKS, load_items
+from cdfast.miniature.suites import Item
 from tests.cdfast.test_evaluation_tasks import FILES
 
 UNCLEAR = "hm"

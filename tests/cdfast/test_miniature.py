@@ -101,7 +101,7 @@ def test_checkpoint_loads_and_answers(run):
     model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
     processor = AutoProcessor.from_pretrained(folder / "model")
     assert model.config.model_type == "cdfast_llava"
-    from cdfast.suites import miniature_suite
+    from cdfast.miniature.suites import miniature_suite
 
     question = miniature_suite("validation", per_kind=1, vqa_per_kind=1)[0]
     text = processor.apply_chat_template(question.messages, add_generation_prompt=True)
@@ -137,7 +137,7 @@ def test_evaluation_command(run, tmp_path):
 def test_evaluation_scenes_are_not_training_scenes(run):
     """Checked on the very scenes of this run, not only on the splits' definition."""
     from cdfast.config import load_recipe
-    from cdfast.suites import miniature_suite
+    from cdfast.miniature.suites import miniature_suite
     from cdfast.synthetic import SceneDataset, check_disjoint
 
     recipe = load_recipe("miniature")

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cdfast.config import load_recipe, override, to_dict
-from cdfast.local_paths import names_only, paths_in, without_paths
-from cdfast.model_card import CARD_FILE, MARKER, model_card, set_license, write_model_card
+from cdfast.sharing.local_paths import names_only, paths_in, without_paths
+from cdfast.sharing.model_card import CARD_FILE, MARKER, model_card, set_license, write_model_card
 
 
 def evaluated(level):

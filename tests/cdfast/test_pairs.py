@@ -8,12 +8,12 @@ import torch
 from cdfast.collator import VisionTextCollator
 from cdfast.data import DataError, load_dataset
 from cdfast.encoding import Sample, encode
+from cdfast.miniature.preference_scenes import PreferenceScenes, wrong_answer
+from cdfast.miniature.questions import DEFAULT_CR_WEIGHTS, TURN_KINDS, draw_turns
+from cdfast.miniature.scenes import draw_scene
+from cdfast.miniature.worlds import PHOTOS
 from cdfast.pairs import encode_pair
-from cdfast.preference_scenes import PreferenceScenes, wrong_answer
-from cdfast.questions import DEFAULT_CR_WEIGHTS, TURN_KINDS, draw_turns
-from cdfast.scenes import draw_scene
 from cdfast.synthetic import SceneDataset, make_processor
-from cdfast.worlds import PHOTOS
 from tests.cdfast.test_data import PROCESSOR, llava, root, write
 from tests.cdfast.tiny_processors import IMAGE, supervised, text
 

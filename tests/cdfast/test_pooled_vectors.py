@@ -9,7 +9,7 @@ from cdfast_kernels import (
     visual_attention_map,
 )
 
-from cdfast.pooled_vectors import (
+from cdfast.stored_targets.pooled_vectors import (
     PooledVectors,
     pool_map,
     pooled_vector_loss,
@@ -104,7 +104,7 @@ def test_gradcheck():
 def test_one_head_at_a_time_is_the_same(monkeypatch):
     tensors = inputs()
     whole = torch.autograd.grad(pooled_vectors(*tensors, layout(), SCALE).square().sum(), tensors)
-    monkeypatch.setattr("cdfast.pooled_vectors._ENTRIES", 1)
+    monkeypatch.setattr("cdfast.stored_targets.pooled_vectors._ENTRIES", 1)
     single = torch.autograd.grad(pooled_vectors(*tensors, layout(), SCALE).square().sum(), tensors)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(whole, single))
 

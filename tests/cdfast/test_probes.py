@@ -18,9 +18,9 @@ from cdfast.aligner import build_layout
 from cdfast.collator import VisionTextCollator
 from cdfast.data import load_dataset
 from cdfast.evaluate import evaluate
+from cdfast.miniature.suites import miniature_suite
 from cdfast.probes import SIMILARITY_BATCH, Probe, samples_with_image
 from cdfast.similarity import matched_similarity
-from cdfast.suites import miniature_suite
 from cdfast.train import main
 from tests.cdfast import photo_setup
 from tests.cdfast.command import options, refused

@@ -13,11 +13,11 @@ import pytest
 from huggingface_hub import ModelCard, close_session, constants
 
 from cdfast.config import ConfigError, load_recipe, override
-from cdfast.model_card import MARKER, write_model_card
 from cdfast.push import again, hub_target, main, prepare_upload, push_run
+from cdfast.sharing.model_card import MARKER, write_model_card
+from cdfast.sharing.upload_files import Target, upload_files
 from cdfast.train import main as train
 from cdfast.train import run_command
-from cdfast.upload_files import Target, upload_files
 from tests.cdfast.test_model_card import RESULTS
 
 TOKEN = "hf_of_the_test"

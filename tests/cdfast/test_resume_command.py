@@ -7,9 +7,9 @@ import yaml
 
 import cdfast.train
 from cdfast.config import ConfigError, load_recipe, override, to_dict
+from cdfast.miniature.suites import miniature_suite
 from cdfast.results import measure_accuracy
 from cdfast.storage import CheckpointError
-from cdfast.suites import miniature_suite
 from cdfast.train import main
 
 

@@ -11,8 +11,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from cdfast.caption_tasks import ask
-from cdfast.scoring import likelihoods, replies
+from cdfast.evaluation.caption_tasks import ask
+from cdfast.evaluation.scoring import likelihoods, replies
 
 from . import tiny_processors
 

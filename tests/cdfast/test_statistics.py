@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cdfast.statistics import bootstrap_p, mcnemar_p, percentile_interval, resample, wilson_interval
+from cdfast.evaluation.statistics import (
+    bootstrap_p,
+    mcnemar_p,
+    percentile_interval,
+    resample,
+    wilson_interval,
+)
 
 
 def mean(sums):

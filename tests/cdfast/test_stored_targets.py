@@ -29,9 +29,8 @@ from cdfast.distill import (
     teacher_step,
 )
 from cdfast.losses import answer_rows
-from cdfast.pooled_vectors import PooledVectors, pool_map
 from cdfast.similarity import model_inputs, visual_maps
-from cdfast.stored_targets import (
+from cdfast.stored_targets.files import (
     ALIGNMENT,
     FORMAT,
     INDEX_FILE,
@@ -43,11 +42,12 @@ from cdfast.stored_targets import (
     shard_problem,
     write_shard,
 )
+from cdfast.stored_targets.maker import TargetMaker
+from cdfast.stored_targets.plan import check_storable
+from cdfast.stored_targets.pooled_vectors import PooledVectors, pool_map
+from cdfast.stored_targets.sizes import map_bytes, measure_samples, stored_bytes
+from cdfast.stored_targets.top_k import TopK, top_k_of
 from cdfast.synthetic import EncodedScenes, SceneDataset, teacher_path
-from cdfast.target_maker import TargetMaker
-from cdfast.target_plan import check_storable
-from cdfast.target_sizes import map_bytes, measure_samples, stored_bytes
-from cdfast.top_k import TopK, top_k_of
 from cdfast.train import main as train
 from cdfast.trainer import LayoutCollator, unwrap_model
 from tests.cdfast.command import options as photo_options
@@ -404,7 +404,7 @@ def test_estimate_is_the_size_of_the_files(half):
 
 
 def test_samples_that_are_measured_are_spread(monkeypatch):
-    monkeypatch.setattr("cdfast.target_sizes.MEASURED_SAMPLES", 4)
+    monkeypatch.setattr("cdfast.stored_targets.sizes.MEASURED_SAMPLES", 4)
     seen = []
 
     class Counted(TinySamples):

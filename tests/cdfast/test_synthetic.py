@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cdfast import synthetic
-from cdfast.build_miniature import build
-from cdfast.build_teacher import hop_targets, lookup_targets, turn_mask
-from cdfast.build_vision import patch_labels
 from cdfast.collator import VisionTextCollator
 from cdfast.config import EMBEDDED_TEACHERS
 from cdfast.encoding import encode
-from cdfast.questions import (
+from cdfast.miniature.build import build
+from cdfast.miniature.build_teacher import hop_targets, lookup_targets, turn_mask
+from cdfast.miniature.build_vision import patch_labels
+from cdfast.miniature.questions import (
     DEFAULT_CR_WEIGHTS,
     TURN_KINDS,
     VQA_KINDS,
@@ -27,8 +27,7 @@ from cdfast.questions import (
     vqa_choices,
     vqa_question,
 )
-from cdfast.report import PRIVILEGED_TEACHERS
-from cdfast.scenes import (
+from cdfast.miniature.scenes import (
     COLOURS,
     CR_KINDS,
     SHAPES,
@@ -42,6 +41,8 @@ from cdfast.scenes import (
     scene_key,
     split_of,
 )
+from cdfast.miniature.worlds import PHOTOS, WORLDS
+from cdfast.report import PRIVILEGED_TEACHERS
 from cdfast.synthetic import (
     VISUAL_TOKENS,
     EncodedScenes,
@@ -56,7 +57,6 @@ from cdfast.synthetic import (
     teacher_path,
     vocabulary,
 )
-from cdfast.worlds import PHOTOS, WORLDS
 
 MADE = [name for name in EMBEDDED_TEACHERS if (assets_path(name) / "card.json").is_file()]
 # Test handwriting is harder to read than validation handwriting, where this kind is at .99.

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cdfast.top_k import TopK, top_k_kl_sum, top_k_of
+from cdfast.stored_targets.top_k import TopK, top_k_kl_sum, top_k_of
 
 VOCAB, SHARED, WIDTH, ROWS = 41, 37, 8, 7
 
@@ -71,7 +71,7 @@ def test_several_chunks_of_rows_are_their_sum(monkeypatch):
     top = top_k_of(*teacher, SHARED, 5)
     whole = top_k_kl_sum(*student, top)
     grads = torch.autograd.grad(whole, student)
-    monkeypatch.setattr("cdfast.top_k._ROWS", 3)
+    monkeypatch.setattr("cdfast.stored_targets.top_k._ROWS", 3)
     again = top_k_of(*teacher, SHARED, 5)
     assert torch.equal(again.indices, top.indices)
     assert torch.allclose(again.log_probs, top.log_probs)
@@ -89,7 +89,7 @@ def test_half_precision_chunks_are_added_in_float32(monkeypatch):
     half = [x.detach().bfloat16().requires_grad_() for x in student]
     errors = []
     for rows in (400, 4):
-        monkeypatch.setattr("cdfast.top_k._ROWS", rows)
+        monkeypatch.setattr("cdfast.stored_targets.top_k._ROWS", rows)
         got = torch.autograd.grad(top_k_kl_sum(*half, top), half)[1]
         errors.append(float((got.double() - want).norm() / want.norm()))
     assert errors[1] <= 1.5 * errors[0]

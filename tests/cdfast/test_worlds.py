@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cdfast import synthetic, worlds
+from cdfast import synthetic
 from cdfast.config import EMBEDDED_SCENES, EMBEDDED_TEACHERS, ConfigError, load_recipe
 from cdfast.evaluate import main as evaluate_main
-from cdfast.models import check_models
-from cdfast.questions import VQA_KINDS, ab_question, vqa_choices, vqa_question
-from cdfast.scenes import (
+from cdfast.miniature import worlds
+from cdfast.miniature.questions import VQA_KINDS, ab_question, vqa_choices, vqa_question
+from cdfast.miniature.scenes import (
     COLOURS,
     CR_KINDS,
     SPLITS,
@@ -28,7 +28,9 @@ from cdfast.scenes import (
     render,
     split_of,
 )
-from cdfast.suites import miniature_suite
+from cdfast.miniature.suites import miniature_suite
+from cdfast.miniature.worlds import PHOTOS, WORLDS
+from cdfast.models import check_models
 from cdfast.synthetic import (
     EncodedScenes,
     SceneDataset,
@@ -38,7 +40,6 @@ from cdfast.synthetic import (
     make_student,
     teacher_path,
 )
-from cdfast.worlds import PHOTOS, WORLDS
 
 BOTH = pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
 MADE = [name for name in EMBEDDED_TEACHERS if (assets_path(name) / "card.json").is_file()]

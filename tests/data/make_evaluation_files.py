@@ -2,7 +2,7 @@
 
     python tests/data/make_evaluation_files.py [FOLDER]
 
-The scenes, captions and questions are those of `cdfast.scenes` and `cdfast.questions`; nothing is
+The scenes, captions and questions are those of `cdfast.miniature`; nothing is
 taken from the benchmarks but their names of files and fields.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from cdfast.scenes import CR_KINDS, caption_pair, draw_scene, is_true, render
+from cdfast.miniature.scenes import CR_KINDS, caption_pair, draw_scene, is_true, render
 
 FOLDER = Path(__file__).parent / "evaluation"
 PAIRS_PER_SUBSET = 3

@@ -16,8 +16,8 @@ from cdfast.adapters import assemble_student, set_trainable, share_vision_tower
 from cdfast.collator import VisionTextCollator
 from cdfast.data import load_dataset
 from cdfast.engine import release_engine, unsharded_loading
+from cdfast.miniature.suites import miniature_suite
 from cdfast.probes import Probe, samples_with_image
-from cdfast.suites import miniature_suite
 from tests.cdfast import photo_setup
 from tests.cdfast.tiny_models import sharpen
 from tests.distributed.step_script import leave, trained_weights, zero_options

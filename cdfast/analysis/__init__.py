@@ -1,0 +1,1 @@
+"""Where models look: measurements, causal substitution, figures, pages and the explorer."""

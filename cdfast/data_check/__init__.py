@@ -1,0 +1,1 @@
+"""What `--dry-run` reads of a data set, and how it tells."""

@@ -1,0 +1,1 @@
+"""Benchmarks: their files and tasks, scoring, several models side by side, lmms-eval."""

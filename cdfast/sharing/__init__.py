@@ -1,0 +1,1 @@
+"""What leaves this machine: the model card, and which files are uploaded."""
