@@ -14,7 +14,6 @@ from typing import Any
 EVALUATION = {"evaluate_split": "test", "evaluate_seed": 20261123}
 # Steps of the runs to convergence, as a multiple of the recipe's.
 CURVE_FACTOR = 5.0
-CURVE_POINTS = 20
 CURVE_QUESTIONS = 50
 EQUAL_COMPUTE = "equal compute"
 _KD = {"taf": False, "alignment_weight": 0}
@@ -65,6 +64,13 @@ class Table:
     curve: bool = False
 
 
+# Behind every table that has a teacher's rows: what alignment copies is what was supervised.
+TEACHERS = (
+    "Teachers: `miniature` and `miniature-photos` were trained with privileged supervision of "
+    "their attention maps (ground-truth boxes), `miniature-unprivileged` (table g1) by language "
+    "modelling alone."
+)
+
 ARMS: dict[str, Arm] = {
     "sft": Arm("SFT", "miniature-sft"),
     "sft-equal-compute": Arm(
@@ -110,6 +116,8 @@ TABLES: dict[str, Table] = {
             "official",
         ),
         "sft",
+        "Steps, optimizer and learning rates of all rows are those that were chosen for "
+        "CompoDistill, paper; official sums its two layers, so its alignment weighs twice as much.",
         teacher_of="compodistill",
     ),
     "vat-taf": Table("b", "VAT and TAF", ("kd", "vat", "taf", "compodistill"), "kd"),

@@ -32,7 +32,7 @@ def draw_rows(path: Path, report: Mapping[str, Any]) -> bool:
         figure = Figure(figsize=(8, 0.9 + 0.34 * sum(heights)), layout="constrained")
         grid = figure.subplots(len(tables), 1, squeeze=False, sharex=True, height_ratios=heights)
         for panel, found in zip(grid[:, 0], tables):
-            _panel(panel, found)
+            _panel(panel, found, report["seeds"])
         grid[-1, 0].set_xlabel("accuracy, mean over seeds with 95% interval; seeds as dots")
         grid[-1, 0].set_xlim(0.2, 1.02)
         handles = grid[0, 0].get_legend_handles_labels()[0]
@@ -46,7 +46,7 @@ def _title(report: Mapping[str, Any]) -> str:
     return "QUICK: says nothing" if report["quick"] else "The paper's tables in miniature"
 
 
-def _panel(panel: Any, found: Mapping[str, Any]) -> None:
+def _panel(panel: Any, found: Mapping[str, Any], seeds: int) -> None:
     rows = found["rows"]
     places = range(len(rows), 0, -1)
     for index, (group, marker) in enumerate(GROUPS.items()):
@@ -75,12 +75,19 @@ def _panel(panel: Any, found: Mapping[str, Any]) -> None:
         if found["teacher"]:
             style = {"color": colour, "ls": ":", "lw": 1}
             panel.axvline(found["teacher"][group]["mean"], **style)
-    labels = [r["label"] + ("" if r["seeds"] else ": not run") for r in rows]
-    panel.set_yticks(list(places), labels)
+    panel.set_yticks(list(places), [row_label(row, seeds) for row in rows])
     panel.set_ylim(0.4, len(rows) + 0.6)
     dotted = "; dotted: teacher" if found["teacher"] else ""
     panel.set_title(f"({found['letter']}) {found['title']}{dotted}", loc="left")
     panel.grid(axis="x", color="#dddddd")
+
+
+def row_label(row: Mapping[str, Any], seeds: int) -> str:
+    """With what is missing of it."""
+    done = len(row["seeds"])
+    if done == seeds:
+        return row["label"]
+    return f"{row['label']}: {f'{done} of {seeds} seeds' if done else 'not run'}"
 
 
 def draw_curves(path: Path, report: Mapping[str, Any]) -> bool:

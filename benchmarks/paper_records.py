@@ -8,6 +8,7 @@ named and left out.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import subprocess
@@ -49,7 +50,8 @@ class Cost:
 
 
 def read(path: Path) -> Records:
-    """(key, seed) -> record. A last line that a kill has cut short is left out.
+    """(key, seed) -> record. A last line that a kill has cut short is left out; one that only lacks
+    its end of line, as some editors write it, is a record.
 
     Raises:
         BrokenRecords: any other line that is no record; it is named.
@@ -57,8 +59,10 @@ def read(path: Path) -> Records:
     found: Records = {}
     if not path.exists():
         return found
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], 1):
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    if _is_whole(last):
+        lines.append(last)
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             found[record["key"], record["seed"]] = record
@@ -70,13 +74,29 @@ def read(path: Path) -> Records:
     return found
 
 
+def _is_whole(last: str | bytes) -> bool:
+    """Whether what stands behind the last end of line is a record."""
+    try:
+        return isinstance(json.loads(last), dict)
+    except ValueError:
+        return False
+
+
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line, on the disk when this returns; what a kill has left of another is cut off."""
+    """Add a line, on the disk when this returns; what a kill has left of another is cut off.
+
+    Other commands, with work folders of their own, may do the same at the same time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         file.seek(0)
         content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        end = content.rfind(b"\n") + 1
+        if _is_whole(content[end:]):
+            file.write(b"\n")
+        else:
+            file.truncate(end)
         file.write((json.dumps(record, allow_nan=False) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
@@ -94,7 +114,8 @@ def make_record(
     """A run's line, from its results.json.
 
     Args:
-        begun_at: `commit()` when the run began, whose code it has loaded.
+        begun_at: `commit()` when the run began, whose code it has loaded; of a run that was
+            interrupted all of them, in order.
     """
     evaluation, environment = results["evaluation"], results["environment"]
     models, similarity = evaluation["models"], results.get("similarity")

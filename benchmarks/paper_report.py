@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.paper_arms import ARMS, EVALUATION, ROW_LABELS, TABLES, Table
+from benchmarks.paper_arms import ARMS, EVALUATION, ROW_LABELS, TABLES, TEACHERS, Table
 from benchmarks.paper_records import Records, stale
 from benchmarks.paper_statistics import paired, summary
 from benchmarks.result_files import headline, table
@@ -52,6 +52,7 @@ def build(records: Records, arms: Arms, seeds: int, quick: bool = False) -> dict
         "command": COMMAND + (" --quick" if quick else ""),
         "date": newest["date"] if newest else None,
         "environment": newest["environment"] if newest else None,
+        "machines": sorted({_machine(record["environment"]) for record in used}),
         "headline": {} if quick else _headline(by_arm),
         "quick": quick,
         "seeds": seeds,
@@ -61,6 +62,12 @@ def build(records: Records, arms: Arms, seeds: int, quick: bool = False) -> dict
         "tables": {name: _table(name, t, by_arm, arms) for name, t in TABLES.items()},
         "stale": sorted({f"{r['arm']} ({r['key']})" for r in stale(records, keys)}),
     }
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    versions = environment["versions"]
+    named = [f"{n} {versions[n]}" for n in ("torch", "transformers") if versions.get(n)]
+    return ", ".join([environment["processor"], f"{environment['threads']} thread per run", *named])
 
 
 def _of_arm(records: Records, resolved: Resolved | str, seeds: int) -> BySeed:
@@ -259,22 +266,20 @@ def described(report: Mapping[str, Any]) -> str:
     """What the numbers are, what the intervals cover, and where they were made."""
     if report["environment"] is None:
         return f"No run yet: `{report['command']}`."
-    environment, counts = report["environment"], report["evaluation"]["observations"]
-    versions = environment["versions"]
-    named = ", ".join(f"{n} {versions[n]}" for n in ("torch", "transformers") if versions.get(n))
+    counts = report["evaluation"]["observations"]
     widest = {g: 100 * (wilson_interval(0.5, n)[1] - 0.5) for g, n in counts.items() if n}
     error = " and ".join(f"±{width:.1f} points in {g}" for g, width in widest.items())
     return (
         f"`{report['command']}`, seeds: {report['seeds']}, {report['date']}, "
-        f"{environment['processor']}, {environment['threads']} thread per run, {named}; commits "
-        f"{', '.join(report['commits']) or 'not recorded'}. Accuracy: mean ± standard deviation "
-        "over seeds of weights and training scenes. Differences: paired by seed, with the 95% "
-        "interval of Student's t. All seeds answer the same test scenes "
-        f"(seed {report['evaluation']['evaluate_seed']}, drawn for these tables alone; settings "
-        "were chosen on validation scenes), so the intervals cover the training's chance and not "
-        f"the choice of scenes: for one model that adds up to {error}. Similarity: cosine with the "
-        "teacher's attention, mean of matched layers. CPU s: user + system seconds of a run with "
-        "its evaluation, mean of runs that were never interrupted."
+        f"{'; '.join(report['machines'])}; commits "
+        f"{', '.join(report['commits']) or 'not recorded'}. {TEACHERS} Accuracy: mean ± standard "
+        "deviation over seeds of weights and training scenes. Differences: paired by seed, with "
+        "the 95% interval of Student's t. All seeds answer the same test scenes "
+        f"(seed {report['evaluation']['evaluate_seed']}, drawn for these tables alone; what was "
+        "chosen was chosen on validation scenes), so the intervals cover the training's chance and "
+        f"not the choice of scenes: for one model that adds up to {error}. Similarity: cosine with "
+        "the teacher's attention, mean of matched layers. CPU s: user + system seconds of a run "
+        "with its evaluation, mean of runs that were never interrupted."
     )
 
 
@@ -321,7 +326,7 @@ def _cells(row: Mapping[str, Any], found: Mapping[str, Any], seeds: int) -> list
     cells = [row["label"], state]
     for group in GROUPS:
         against = row["against"]
-        cells += [mean_sd(row[group]), difference(against[group]) if against else NOT_SAID]
+        cells += [mean_sd(row[group]), difference(against[group], seeds) if against else NOT_SAID]
     cells.append(mean_sd(row["similarity"], 2))
     if "reached" in found:
         step = found["reached"][row["arm"]]
@@ -342,9 +347,12 @@ def mean_sd(found: Mapping[str, Any], digits: int = 3) -> str:
     return f"{found['mean']:.{digits}f}{spread}"
 
 
-def difference(found: Mapping[str, Any]) -> str:
-    """ "+0.480 [+0.451, +0.509]", or without interval for one seed."""
+def difference(found: Mapping[str, Any], seeds: int) -> str:
+    """ "+0.480 [+0.451, +0.509]", without interval for one seed; of fewer pairs than `seeds` with
+    their number."""
     if found["mean"] is None:
         return NOT_SAID
     interval = "" if found["sd"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    if found["n"] < seeds:
+        interval += f" (n = {found['n']})"
     return f"{found['mean']:+.3f}{interval}"

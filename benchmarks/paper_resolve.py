@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from accelerate import PartialState
 
 import cdfast
-from benchmarks.paper_arms import ARMS, CURVE_POINTS, CURVE_QUESTIONS, EVALUATION, Arm
+from benchmarks.paper_arms import ARMS, CURVE_QUESTIONS, EVALUATION, Arm
 from benchmarks.paper_compute import recipe_flops
 from cdfast.config import (
     EMBEDDED_SCENES,
@@ -83,8 +84,8 @@ def resolve(name: str, quick: bool = False) -> Resolved:
     if quick:
         options |= {**QUICK, "max_steps": QUICK_STEPS}
     if arm.curve:
-        steps = QUICK_STEPS * len(recipe.stages) if quick else sum(_steps(recipe))
-        options["eval_steps"] = max(1, round(steps / CURVE_POINTS))
+        # At the end of every stage too, the last above all: what divides the steps of all.
+        options["eval_steps"] = QUICK_STEPS if quick else math.gcd(*_steps(recipe))
         options["eval_questions"] = 2 if quick else CURVE_QUESTIONS
     recipe = override(recipe, options)
     return Resolved(name, arm, recipe, {**arm.options, **options}, factor, key_of(recipe))

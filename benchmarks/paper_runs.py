@@ -1,7 +1,8 @@
 """Runs of the tables as child processes: in parallel, each with a log, all of them resumable.
 
-A run that ends well becomes a line of runs.jsonl, and its folder is removed. One that fails, or is
-stopped, keeps its folder and goes on from its last checkpoint the next time.
+A run that ends well becomes a line of runs.jsonl, and its folder is removed, or put aside under
+kept/. One that fails, or is stopped, keeps its folder and goes on from its last checkpoint the next
+time; a file beside it has a line for every start, with the commit of the code.
 """
 
 from __future__ import annotations
@@ -77,8 +78,11 @@ class _Child:
     planned: Planned
     process: subprocess.Popen
     began: float
-    interrupted: int
-    commit: str | None
+    starts: list[str]  # commits, "" where there was none
+
+    @property
+    def commits(self) -> str | None:
+        return " then ".join(dict.fromkeys(filter(None, self.starts))) or None
 
 
 def expected_seconds(resolved: Resolved, records: Records) -> float:
@@ -176,7 +180,7 @@ def make_runs(
         jobs: processes at a time.
         minutes: start nothing that is not expected to end in them; what still goes on a minute
             later is stopped.
-        keep: leave the folders of finished runs, with their models.
+        keep: put the folders of finished runs, with their models, into work/kept.
         command: of one run, with `work`.
     """
     outcome, waiting, running = Outcome(), list(planned), []
@@ -215,10 +219,10 @@ def _next(waiting: Sequence[Planned], until: float | None) -> Planned | None:
 def _start(
     planned: Planned, work: Path, command: Callable[[Planned, Path], list[str]], lock: int
 ) -> _Child:
-    starts = work / f"{planned.slug}.starts"
-    before = len(starts.read_text()) if starts.exists() else 0
-    starts.write_text("x" * (before + 1))
-    words, begun_at = command(planned, work), commit()
+    path = _starts(work, planned)
+    starts = [*(path.read_text().splitlines() if path.exists() else []), commit() or ""]
+    path.write_text("".join(f"{line}\n" for line in starts))
+    words = command(planned, work)
     with _log(work, planned).open("a") as log:
         log.write(" ".join(words) + "\n")
         log.flush()
@@ -233,7 +237,11 @@ def _start(
             start_new_session=True,
             pass_fds=(lock,),
         )
-    return _Child(planned, process, time.monotonic(), before, begun_at)
+    return _Child(planned, process, time.monotonic(), starts)
+
+
+def _starts(work: Path, planned: Planned) -> Path:
+    return work / f"{planned.slug}.starts"
 
 
 def _log(work: Path, planned: Planned) -> Path:
@@ -255,12 +263,13 @@ def _ended(
         results = json.loads((work / planned.slug / "results.json").read_text())
         # wait4 adds up the process and those of its children that it has waited for.
         cpu = usage.ru_utime + usage.ru_stime
+        interrupted = len(child.starts) - 1
         cost = Cost(
             seconds=time.monotonic() - child.began,
-            cpu_seconds=None if child.interrupted else cpu,
-            interrupted=child.interrupted,
+            cpu_seconds=None if interrupted else cpu,
+            interrupted=interrupted,
         )
-        record = make_record(planned.resolved, planned.seed, results, cost, child.commit)
+        record = make_record(planned.resolved, planned.seed, results, cost, child.commits)
     except (OSError, ValueError, KeyError) as error:
         reason = f"{planned.label}: {error!r}\n{_last_lines(_log(work, planned))}"
         outcome.failed[planned.label] = reason
@@ -271,8 +280,14 @@ def _ended(
     averages = record["student"]["averages"]
     found = ", ".join(f"{group} {value:.3f}" for group, value in averages.items())
     show.line(f"{planned.label}: {found}, {cost.seconds:.0f} s, {cpu:.0f} CPU s")
-    (work / f"{planned.slug}.starts").unlink(missing_ok=True)
-    if not keep:
+    _starts(work, planned).unlink(missing_ok=True)
+    if keep:
+        # Aside: where its record is removed, it is to be made again, not found finished.
+        kept = work / "kept" / planned.slug
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        (work / planned.slug).rename(kept)
+    else:
         shutil.rmtree(work / planned.slug)
     return True
 
@@ -297,12 +312,15 @@ def _stop(process: subprocess.Popen) -> None:
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM and a closed terminal end the command as Ctrl-C does: children are stopped, and all
-    is resumable."""
+    is resumable. Under nohup a closed terminal is ignored."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {how: signal.signal(how, interrupt) for how in (signal.SIGTERM, signal.SIGHUP)}
+    ends = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        ends.append(signal.SIGHUP)
+    before = {how: signal.signal(how, interrupt) for how in ends}
     try:
         yield
     finally:

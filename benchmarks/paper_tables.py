@@ -47,7 +47,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder of records, tables and plots")
     parser.add_argument("--work", type=Path, help="folder of unfinished runs and of logs")
-    parser.add_argument("--keep", action="store_true", help="keep the models of finished runs")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the models of finished runs, in WORK/kept"
+    )
     options = parser.parse_args(argv)
     work = WORK.with_name(WORK.name + "_quick") if options.quick else WORK
     options.work = (options.work or work).resolve()
@@ -85,7 +87,10 @@ def chosen_arms(options: argparse.Namespace) -> list[str]:
 def write_report(options: argparse.Namespace, arms: dict[str, Resolved | str]) -> None:
     """Tables and plots from the records alone; nothing where there is none of these arms."""
     records = read(options.output / RECORDS)
-    report = paper_report.build(records, arms, options.seeds, options.quick)
+    # A later command with fewer seeds takes none from the tables.
+    keys = {resolved.key for resolved in arms.values() if isinstance(resolved, Resolved)}
+    seeds = max([options.seeds, *(seed + 1 for key, seed in records if key in keys)])
+    report = paper_report.build(records, arms, seeds, options.quick)
     if report["date"] is None:
         print("no run is recorded yet: no tables")
         return

@@ -75,6 +75,30 @@ def test_records_are_read_as_written_and_a_torn_line_is_cut_off(tmp_path):
     assert path.read_text().count("\n") == 2
 
 
+def test_a_last_line_without_an_end_is_a_record(tmp_path):
+    """As an editor may leave it: it is read, and the next one stands behind it."""
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(record("sft", "a", 0, 0.5)))
+    assert list(paper_records.read(path)) == [("a", 0)]
+    paper_records.append(path, record("sft", "a", 1, 0.6))
+    assert list(paper_records.read(path)) == [("a", 0), ("a", 1)]
+
+
+def test_commands_that_record_at_the_same_time_lose_nothing(tmp_path):
+    path = tmp_path / "runs.jsonl"
+
+    def appended(first):
+        for seed in range(first, first + 20):
+            paper_records.append(path, record("sft", "a", seed, 0.5))
+
+    threads = [threading.Thread(target=appended, args=(first,)) for first in (0, 20, 40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paper_records.read(path)) == 60
+
+
 @pytest.mark.parametrize("line", ["<<<<<<< HEAD", '{"arm": "sft"}', "[]"])
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     path = tmp_path / "runs.jsonl"
@@ -204,6 +228,39 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, how):
     assert outcome.made == 1
     assert found["interrupted"] == 1
     assert found["cpu_seconds"] is None  # only a part of them is known
+
+
+def test_a_run_that_two_commits_have_made_has_both(tmp_path, monkeypatch):
+    run, work, path = planned(), tmp_path / "work", tmp_path / "runs.jsonl"
+    for name in ("abc", "abc", "def"):
+        monkeypatch.setattr(paper_runs, "commit", lambda name=name: name)
+        body = "finish()" if name == "def" else "sys.exit(1)"
+        make_runs([run], work, path, jobs=1, command=child(body))
+    [found] = paper_records.read(path).values()
+    assert found["commit"] == "abc then def"
+    assert found["interrupted"] == 2
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with paper_runs._terminate_as_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_kept_run_whose_record_is_removed_is_made_again(tmp_path):
+    """And its models of before give way to the new ones."""
+    run, work, path = planned(), tmp_path / "work", tmp_path / "runs.jsonl"
+    body = "assert not (folder / 'results.json').exists()\nfinish()"
+    for _ in range(2):
+        outcome = make_runs([run], work, path, jobs=1, keep=True, command=child(body))
+        assert outcome.made == 1
+        assert (work / "kept" / run.slug / "results.json").is_file()
+        path.unlink()
 
 
 def test_nothing_is_started_that_would_not_end_in_time(tmp_path):

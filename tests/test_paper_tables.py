@@ -111,7 +111,11 @@ def test_an_option_that_a_later_version_adds_changes_no_key():
 def test_long_runs_have_every_stage_longer_and_are_measured_on_the_way(present):
     short, long = present["compodistill"].recipe, present["compodistill-long"].recipe
     assert [s.max_steps for s in long.stages] == [5 * s.max_steps for s in short.stages]
-    assert 0 < long.arguments["eval_steps"] < long.stages[1].max_steps
+    every = long.arguments["eval_steps"]
+    assert all(
+        stage.max_steps % every == 0 for stage in long.stages
+    )  # the ends, the last above all
+    assert sum(s.max_steps for s in long.stages) / every >= 20
     assert "eval_steps" not in short.arguments
 
 
@@ -200,7 +204,7 @@ def test_rows_have_mean_spread_and_paired_difference(report):
     found = rows(report, "objective")
     assert found["none"][:4] == ["3 of 5", "0.510 ± 0.010", "-", "0.400 ± 0.000"]
     # Equal differences for all seeds: an interval without width.
-    cosine = ["3 of 5", "0.910 ± 0.010", "+0.400 [+0.400, +0.400]", "0.500 ± 0.000"]
+    cosine = ["3 of 5", "0.910 ± 0.010", "+0.400 [+0.400, +0.400] (n = 3)", "0.500 ± 0.000"]
     assert found["cosine"][:4] == cosine
     assert found["cosine"][5:] == ["0.85 ± 0.00", "520", "91"]
 
@@ -214,7 +218,7 @@ def test_missing_cells_are_said_to_be_missing(report):
     assert main["teacher (one model)"][1] == "0.990"
     # One seed has no spread, and no CPU seconds where it was interrupted.
     assert main["SFT"] == ["1 of 5", "0.500", "-", "0.500", "-", "0.85", "520", "-"]
-    assert main["CompoDistill, paper"][2] == "+0.400"
+    assert main["CompoDistill, paper"][2] == "+0.400 (n = 1)"
     text = paper_report.markdown(report)
     assert "- kl (key-of-before)" in text
     assert "- llava-mod: recipe: 'miniature-llava-mod' is not in this package." in text
@@ -248,6 +252,29 @@ def test_caption_says_what_the_intervals_cover(report):
     assert "±6.9 points in CR and ±9.6 points in VQA" in text
     assert "seed 20261123, drawn for these tables alone" in text
     assert "commits abc" in text
+    assert "privileged supervision" in text
+
+
+def test_every_machine_and_version_is_named(records, arms):
+    other = record("vat", "key-vat", 0, 0.5)
+    other["environment"] = {**other["environment"], "versions": {"torch": "2.11.0"}}
+    append(records, other)
+    text = paper_report.described(paper_report.build(read(records), arms, seeds=5))
+    assert "Xeon, 1 thread per run, torch 2.11.0; Xeon, 1 thread per run, torch 2.13.0" in text
+
+
+def test_a_plot_says_what_is_missing_of_a_row(report):
+    labels = [paper_plot.row_label(row, 3) for row in report["tables"]["objective"]["rows"]]
+    assert labels[0] == "none"
+    assert "MSE: not run" in labels
+    labels = [paper_plot.row_label(row, 5) for row in report["tables"]["objective"]["rows"]]
+    assert labels[0] == "none: 3 of 5 seeds"
+
+
+def test_fewer_seeds_asked_for_take_none_from_the_tables(records, arms, monkeypatch, tmp_path):
+    command(monkeypatch, records.parents[1], arms, "--report", "--seeds", "1")
+    [page] = records.parents[1].glob("paper_tables_cpu_*.md")
+    assert "seeds: 3," in page.read_text()
 
 
 def command(monkeypatch, folder, arms, *options, plots=False):
@@ -288,7 +315,7 @@ def test_the_readme_has_the_tables_where_it_has_their_marker(records, arms, monk
     others = "".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in readme.BLOCKS if m != "paper")
     assert "CompoDistill, paper" not in readme.rendered(others, results)
     text = readme.rendered(others + "<!-- paper -->\nold\n<!-- /paper -->\n", results)
-    assert "| cosine | 3 of 5 | 0.910 ± 0.010 | +0.400 [+0.400, +0.400] |" in text
+    assert "| cosine | 3 of 5 | 0.910 ± 0.010 | +0.400 [+0.400, +0.400] (n = 3) |" in text
     assert "(d) Aligned layers.** Differences are against intermediate." in text
     assert "(e) Layer matching: not run yet (`--tables matching`)." in text
     assert "(g2) Scenes of real picture content: not run yet (`--tables photos`)." in text
@@ -374,7 +401,7 @@ def test_the_command_trains_and_writes_tables(monkeypatch, tmp_path, names, seed
         assert 1 < run["cpu_seconds"] < 200
         assert len(run["student"]["kinds"]) == 11
         if run["arm"] == "kd-long":
-            assert [point["step"] for point in run["curve"]] == [1, 2]
+            assert [point["step"] for point in run["curve"]] == [2]
             assert set(run["curve"][0]) == {"step", "CR", "VQA", "similarity"}
     [page_of_tables] = (tmp_path / "out").glob("*.md")
     text = page_of_tables.read_text()
