@@ -13,7 +13,6 @@ import cdfast.distill
 from cdfast import DistillationConfig, DistillationTrainer, preference
 from cdfast.adapters import vision_tower
 from cdfast.collator import VisionTextCollator
-from cdfast.config import load_recipe, to_dict
 from cdfast.train import main
 from tests.cdfast import photo_setup
 from tests.cdfast.command import options, refused
@@ -214,19 +213,3 @@ def test_command_trains_and_evaluates_on_files_of_pairs(paths, tmp_path):
     assert "loss_kl" not in stage["log"][0]
     assert {"eval_loss_preference", "eval_preference_accuracy"} <= stage["evaluations"][0].keys()
     assert "preference loss" in (tmp_path / "run" / "report.html").read_text()
-
-
-@pytest.mark.slow
-def test_the_recipe_of_llava_mod_runs_to_its_end(tmp_path):
-    recipe = to_dict(load_recipe("miniature-llava-mod"))
-    for stage in recipe["stages"]:
-        stage |= {"max_steps": 2, "batch_size": 4}
-    recipe |= {"evaluate_per_kind": 2, "evaluate_vqa_per_kind": 2, "workers": 0}
-    path = tmp_path / "short.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    main([str(path), "--output-dir", str(tmp_path / "run")])
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [s["steps"] for s in results["stages"]] == [2] * len(recipe["stages"])
-    assert results["stages"][-1]["stage"] == "preference"
-    assert "loss_preference" in results["stages"][-1]["log"][0]
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -1,12 +1,17 @@
-"""Losses of the compared systems (LLaVADI, LLaVA-KD, LLaVA-MoD) against plain float64."""
+"""Losses of the systems (LLaVADI, LLaVA-KD, LLaVA-MoD) against plain float64; recipes, run."""
+
+import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from cdfast import distill, losses
+from cdfast.config import load_recipe, to_dict
 from cdfast.export import write_student
 from cdfast.hidden_projector import FILE, load_hidden_projector
 from cdfast.losses import (
@@ -16,6 +21,7 @@ from cdfast.losses import (
     relation_loss_sum,
     soft_cross_entropy_sum,
 )
+from cdfast.train import main
 from cdfast.trainer import unwrap_model
 from tests.cdfast.test_losses import (
     TEACHER_WIDTH,
@@ -384,3 +390,33 @@ def test_each_loss_needs_a_teacher(tmp_path):
     for name in ("hidden_weight", "visual_kl_weight", "relation_weight"):
         with pytest.raises(ValueError, match=f"because {name} > 0; got None"):
             make_trainer(tmp_path, teacher=False, **off, **{name: 1.0})
+
+
+RECIPES = {
+    "miniature-llavadi": {"loss_lm", "loss_kl", "loss_hidden"},
+    "miniature-llava-kd": {"loss_lm", "loss_kl", "loss_visual_kl", "loss_relation"},
+    "miniature-llava-mod": {"loss_lm", "loss_kl"},
+    "miniature-official": {"loss_lm", "loss_kl", "loss_alignment"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_the_systems_run_to_their_end(tmp_path, name, one_thread):
+    recipe = to_dict(load_recipe(name))
+    for stage in recipe["stages"]:
+        stage |= {"max_steps": 1, "batch_size": 4}
+    recipe |= {"evaluate_per_kind": 2, "evaluate_vqa_per_kind": 2, "workers": 0}
+    recipe |= {"analyze_questions": 0}
+    path = tmp_path / "short.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    main([str(path), "--output-dir", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [s["steps"] for s in results["stages"]] == [1] * len(recipe["stages"])
+    # The longest stage is the one that distils.
+    logged = results["stages"][2]["log"][0]
+    assert {key for key in logged if key.startswith("loss_")} == RECIPES[name]
+    assert all(math.isfinite(logged[key]) for key in RECIPES[name])
+    if name == "miniature-llava-mod":
+        assert "loss_preference" in results["stages"][-1]["log"][0]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
