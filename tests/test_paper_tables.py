@@ -28,7 +28,7 @@ from cdfast.matching import layers_in_range, match_group, match_simple
 from cdfast.synthetic import SceneDataset
 from tests.paper_samples import record, resolved
 
-PRESENT = ("compodistill", "kd", "vat", "taf", "mse", "kl", "early", "later", "all")
+PRESENT = ("compodistill", "kd", "vat", "taf", "mse", "mse-weighed", "kl", "early", "later", "all")
 PRESENT += ("simple", "adaptive", "kd-long", "compodistill-long")
 
 
