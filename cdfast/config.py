@@ -267,7 +267,9 @@ class Recipe:
 
     preset: str = _option("paper", "Alignment preset: paper or official.")
     objective: str | None = _option(
-        None, "row, map, pooled, mse, kl or pooled_stored; default: the preset's."
+        None,
+        "row, map, pooled, mse, kl or pooled_stored; default: the preset's. mse, a mean over map "
+        "entries, is far smaller than the others: raise alignment_weight.",
     )
     matching: str | None = _option(None, "group, simple or adaptive; default: the preset's.")
     layers: str | None = _option(None, "early, intermediate, later or all; default: the preset's.")
