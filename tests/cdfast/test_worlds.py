@@ -78,7 +78,7 @@ def test_worlds_have_the_names_of_the_options():
 def test_teacher_that_is_not_made_is_refused_with_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(synthetic, "assets_path", lambda name: tmp_path / name)
     recipe = load_recipe("miniature")
-    with pytest.raises(ConfigError, match="build_miniature --which miniature"):
+    with pytest.raises(ConfigError, match=r"cdfast\.miniature\.build --which miniature"):
         check_models(recipe)
 
 
