@@ -25,6 +25,7 @@ from cdfast.matching import (
     match_official,
     match_simple,
 )
+from cdfast.packing import check_packable
 from cdfast.similarity import layer_similarity, matched_similarity, model_inputs, num_layers
 from cdfast.stored_targets.pooled_vectors import STORED_OBJECTIVE, PooledVectors, pool_map
 
@@ -198,7 +199,8 @@ class VisualAttentionAligner:
 
     Raises:
         ValueError: an unknown option; a model whose text attention is not causal or does not go
-            through AttentionInterface; unequal image tokens or visual grids.
+            through AttentionInterface; unequal image tokens or visual grids. Later, a packed batch
+            for a model of a family that is not in `cdfast.packing.FAMILIES`.
 
     Source: paper, section on visual attention alignment; `official`: the authors' code.
     """
@@ -283,10 +285,13 @@ class VisualAttentionAligner:
         synchronisation.
         """
         layout = batch.get("layout")
-        return build_layout(batch, self.image_token_id) if layout is None else layout
+        layout = build_layout(batch, self.image_token_id) if layout is None else layout
+        _check_packed(layout, self.teacher, self.student)
+        return layout
 
     def teacher_context(self, layout: VisualLayout) -> AlignmentContext:
         """Context for a forward of the teacher that collects the maps of every matched layer."""
+        _check_packed(layout, self.teacher)
         wanted = frozenset(layer for window in self._matches().values() for layer in window)
         return AlignmentContext(layout, backend=self.backend, map_layers=wanted)
 
@@ -307,6 +312,7 @@ class VisualAttentionAligner:
                 "targets: expected those of cdfast.resampling.resample_targets, because the "
                 f"aligner has grid_resampling={self.grid_resampling!r}; got the teacher's own."
             )
+        _check_packed(targets.layout, self.student)
         return AlignmentContext(
             targets.layout,
             objective=self.objective,
@@ -441,6 +447,13 @@ class VisualAttentionAligner:
                 )
         matches = state["matches"]
         self.matches = matches and {int(k): tuple(v) for k, v in matches.items()}
+
+
+def _check_packed(layout: VisualLayout, *models: Any) -> None:
+    """`check_packable` for the models, which DDP or an engine may have wrapped by now."""
+    if layout.is_packed:
+        for model in models:
+            check_packable(getattr(model, "module", model))
 
 
 def _option(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -36,6 +36,7 @@ from cdfast.losses import (
     soft_cross_entropy_sum,
     unshifted_rows,
 )
+from cdfast.packing import check_packable
 from cdfast.preference import answer_log_probs
 from cdfast.stored_targets.top_k import TopK, top_k_kl_sum
 
@@ -261,6 +262,9 @@ def _hidden_states(
     model: PreTrainedModel, inputs: dict[str, Any], context: AlignmentContext, blank_image: bool
 ) -> Tensor:
     """(B, N, d) last hidden states; attention of the layers is handed on to `context`."""
+    # Whoever packed the batch: a collator of the user's own may, without the option `packing`.
+    if context.layout.is_packed:
+        check_packable(model)
     handle = None
     if blank_image and "pixel_values" not in inputs:
         handle = _run_vision_on_a_blank_image(model)

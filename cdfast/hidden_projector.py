@@ -3,7 +3,8 @@
 Being a submodule, it is wrapped, sharded and optimised with the student. Saved students do not have
 it: in checkpoints it is a file of its own, which a resumed run reads.
 
-Source: LLaVADI (arXiv 2407.19409); two layers with GELU are our choice.
+Source: LLaVADI (arXiv 2407.19409); two layers with GELU of the teacher's width: its authors' code.
+Initial weights and what the MLP is saved as are our choice.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ from cdfast import VisualAttentionAligner
 from cdfast.data import VisionTextCollator, encode
 from cdfast.synthetic import SceneDataset, build_student, teacher_path
 
-STEPS, BATCH = 8, 8  # samples of all ranks together
 device = torch.device("cpu")
 if torch.cuda.is_available():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
 dist.init_process_group()  # nccl for GPUs, gloo for CPUs
 rank, ranks = dist.get_rank(), dist.get_world_size()
+STEPS, BATCH = 8, 4 * ranks  # samples of all ranks together
 
 processor = AutoProcessor.from_pretrained(teacher_path())
 teacher = AutoModelForImageTextToText.from_pretrained(teacher_path(), dtype=torch.float32)

@@ -153,6 +153,26 @@ def test_train_commands_are_valid(command, readers_files, capsys):
     assert "not ready to run" not in printed or "..." in command
 
 
+def test_options_that_make_systems_alike_give_every_stage_the_lora_of_the_others():
+    from cdfast.command_line import parse_command_line
+    from cdfast.config import PROJECTOR_ONLY
+
+    def trained(recipe):
+        """Of stages that train the language model and that more than one system has."""
+        stages = [s for s in recipe.stages if s.stage not in (*PROJECTOR_ONLY, "preference")]
+        adapters = (recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout)
+        return {(s.lora, s.learning_rate, *adapters) for s in stages}
+
+    page = (ROOT / "docs" / "systems.md").read_text()
+    rows = re.findall(r"^\| (`.*`) \| `(--lora true .*)` \|$", page, re.MULTILINE)
+    recipes = {name: words for names, words in rows for name in re.findall("`(.*?)`", names)}
+    assert set(recipes) == {"llavadi-2b", "llava-kd-2b", "llava-mod-2b"}
+    [want] = trained(parse_command_line(["compodistill-2b"])[0])
+    for name, words in recipes.items():
+        assert trained(parse_command_line([name])[0]) != {want}
+        assert trained(parse_command_line([name, *shlex.split(words)])[0]) == {want}
+
+
 @pytest.mark.parametrize("command", commands_with("cdfast.memory"))
 def test_memory_commands_run(command, capsys):
     from cdfast.memory import main

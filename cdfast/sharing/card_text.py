@@ -21,10 +21,7 @@ from cdfast.terms import TERMS, WEIGHTS
 
 # Stands for the model's name on the hub until it has one.
 HERE = "PATH_OR_HUB_NAME"
-NO_LICENSE = (
-    "None is stated: the people who made the run did not name one. Licenses of the base models and "
-    "of the training data apply."
-)
+NO_LICENSE = "None is stated. Licenses of the base models and of the training data apply."
 PAPER = """```bibtex
 @inproceedings{kim2026compodistill,
   author    = {Kim, Jiwan and Kim, Kibum and Seo, Sangwoo and Park, Chanyoung},
@@ -45,27 +42,34 @@ _STAGE_SHOWN_APART = (
 )
 
 _OWN_CODE = "modeling_cdfast_llava.py"
+_FUSED = (
+    "The teacher's adapter and P_s were then fused into one projector by `python -m cdfast.fuse`."
+)
 
 Results = Mapping[str, Any]
 
 
-def card_text(results: Results, *, code: Sequence[str], fused: bool) -> str:
+def card_text(
+    results: Results, *, code: Sequence[str], fused: bool, license: str | None, taken_over: bool
+) -> str:
     """The sections below the title.
 
     Args:
         results: of results.json, models and data named without paths, `recipe` perhaps empty.
         code: files that loading the model runs.
         fused: its projector was made by `cdfast.fuse`.
+        license: as the front matter states it.
+        taken_over: the front matter has something of the card of the model it was made of.
     """
     recipe = results["recipe"]
     sections = {
         "Loading it": _loading(code),
-        "How it was made": _making(results, fused),
+        "How it was made": _making(results, fused, taken_over),
         "Accuracy": _accuracy(results),
         "Attention similarity": _similarity(results),
         "Not measured": _not_measured(results),
         "Environment": _environment(results),
-        "License": license_text(recipe.get("license")),
+        "License": license_text(license),
         "Citation": f"{_cited(recipe)}\n\n{PAPER}",
     }
     return "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items() if body)
@@ -94,10 +98,18 @@ def _loading(files: Sequence[str]) -> str:
     return text
 
 
-def _making(results: Results, fused: bool) -> str:
+def _making(results: Results, fused: bool, taken_over: bool) -> str:
     recipe = results["recipe"]
     if not recipe:
-        return "Nothing is known about its training: no recipe was found beside its weights."
+        but = (
+            " but what the front matter of this card says, which is that of the card of the model "
+            "it was made of"
+        )
+        text = (
+            f"Nothing is known about its training{but if taken_over else ''}: no recipe was found "
+            "beside its weights."
+        )
+        return f"{text}\n\n{_FUSED}" if fused else text
     parts = [_origin(recipe)]
     if results.get("checkpoint"):
         parts.append(
@@ -105,10 +117,7 @@ def _making(results: Results, fused: bool) -> str:
             "the recipe was not run on them."
         )
     if fused:
-        parts.append(
-            "The teacher's adapter and P_s were then fused into one projector by "
-            "`python -m cdfast.fuse`. The numbers below are of the model before that."
-        )
+        parts.append(f"{_FUSED} The numbers below are of the model before that.")
     parts.append(f"Training data, by name: {_listed(_data_names(recipe))}.")
     parts.append(_stage_table(results))
     changed = [f"{k} {_shown(v)}" for k, v in _changed(recipe, to_dict(Recipe()), _SHOWN_APART)]
@@ -182,7 +191,8 @@ def _accuracy(results: Results) -> str:
     evaluation = results.get("evaluation") or {}
     models = evaluation.get("models", {})
     if STUDENT not in models:
-        return "Not measured: the run evaluated no suite of questions."
+        known = "Not measured: the run evaluated no suite of questions."
+        return known if results["recipe"] else "Not known."
     student = models[STUDENT]
     others = [name for name in models if name != STUDENT]
     blind = evaluation.get("text_only", {})
@@ -249,6 +259,8 @@ def _not_measured(results: Results) -> str:
         missing = ["accuracy", *missing]
     if not results.get("similarity"):
         missing.insert(0, "attention similarity with a teacher")
+    if not recipe:
+        return f"Nothing is known of: {_listed(missing)}."
     return f"This run did not measure: {_listed(missing)}. It was one run, with one seed."
 
 
@@ -272,7 +284,9 @@ def _cited(recipe: Mapping[str, Any]) -> str:
 def license_text(license: str | None) -> str:
     """The section about the license; None: none was stated."""
     return (
-        f"{markdown(license)}, as stated by the people who made the run." if license else NO_LICENSE
+        f"{markdown(license)}, as stated by the people who made the model."
+        if license
+        else NO_LICENSE
     )
 
 

@@ -17,6 +17,9 @@ from cdfast.sharing.local_paths import names_only, paths_in, without_paths
 from cdfast.sharing.model_card import CARD_FILE, RESULTS_FILE, is_ours, model_card, set_license
 
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".py", ".txt", ".model", ".md")
+# Where transformers writes files of a model: beside the weights, and below them the chat templates
+# beyond the first, and the tokenizers of a processor that has several (`qformer_tokenizer`).
+_MODEL_PLACES = ("*", "additional_chat_templates/*.jinja", "*_tokenizer/*")
 _CONFIGURATIONS = re.compile(r"\w*config\.json")
 # No other field is touched: what looks like a path may be a token, such as "[/INST]".
 _IS_PATH = re.compile(r"\w*(name_or_path|_path|_file|_dir|_folder)").fullmatch
@@ -66,9 +69,9 @@ def upload_files(
     if not any(model.glob("*.safetensors")):
         raise HubError(f"{model}: expected weights (*.safetensors); found none.")
     files: dict[str, Path | bytes] = {}
-    for path in sorted(model.iterdir()):
+    for path in sorted(path for place in _MODEL_PLACES for path in model.glob(place)):
         if path.is_file() and path.suffix in _MODEL_FILES and not path.name.startswith("_"):
-            files[path.name] = _without_origin(path)
+            files[path.relative_to(model).as_posix()] = _without_origin(path)
     files[CARD_FILE] = _card(model, source, target, license)
     results = source / RESULTS_FILE
     if model != source:

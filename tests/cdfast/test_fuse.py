@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cdfast.adapters import assemble_student
-from cdfast.config import ConfigError
+from cdfast.config import ConfigError, load_recipe, override, to_dict
 from cdfast.fuse import fuse_student, largest_difference, main
+from cdfast.sharing.model_card import write_model_card
 from tests.cdfast.tiny_models import tiny_batch, tiny_language_model, tiny_teacher
 
 TOLERANCE = 1e-6
@@ -97,6 +99,29 @@ def test_products_are_exact_and_rounded_once(tmp_path, dtype):
     got = weights(tmp_path)
     assert torch.equal(got["multi_modal_projector.linear_2.weight"][:, :16], weight.to(dtype))
     assert torch.equal(got["multi_modal_projector.linear_2.bias"], bias.to(dtype))
+
+
+def test_an_exported_student_keeps_its_license_base_models_and_templates(tmp_path):
+    from cdfast.sharing.upload_files import Target, upload_files
+    from tests.cdfast.photo_setup import make_processor
+
+    student().save_pretrained(tmp_path / "exported")
+    processor = make_processor()
+    templates = {"default": "{{ 1 }}", "rag": "{{ 2 }}"}
+    processor.chat_template = processor.tokenizer.chat_template = templates
+    processor.save_pretrained(tmp_path / "exported")
+    recipe = to_dict(override(load_recipe("miniature"), {"student": "hub-user/small-llm"}))
+    results = {"name": "mine", "checkpoint": "1-dft/checkpoint-2", "recipe": recipe}
+    write_model_card(tmp_path / "exported", results, license="apache-2.0")
+    main([str(tmp_path / "exported"), str(tmp_path / "fused")])
+    card = ModelCard.load(tmp_path / "fused" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == ["hub-user/small-llm"]
+    assert "one seed" not in card.text
+    files = upload_files(tmp_path / "fused", Target("me/student"))
+    assert files["additional_chat_templates/rag.jinja"].read_text() == "{{ 2 }}"
+    loaded = AutoProcessor.from_pretrained(tmp_path / "fused")
+    assert loaded.chat_template == templates
 
 
 @pytest.mark.slow

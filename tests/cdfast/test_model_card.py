@@ -5,11 +5,19 @@ import json
 import re
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
-from cdfast.config import load_recipe, override, to_dict
+from cdfast.config import ConfigError, load_recipe, override, to_dict
 from cdfast.sharing.local_paths import names_only, paths_in, without_paths
-from cdfast.sharing.model_card import CARD_FILE, MARKER, model_card, set_license, write_model_card
+from cdfast.sharing.model_card import (
+    CARD_FILE,
+    MARKER,
+    model_card,
+    set_license,
+    write_card_of,
+    write_model_card,
+)
 
 
 def evaluated(level):
@@ -151,6 +159,57 @@ def test_nothing_is_claimed_without_results():
     assert card.data.get("license") is None
     assert card.data.get("base_model") is None
     assert not re.findall(r"\d\.\d\d", card.text.replace("2510.12184", ""))
+    for claim in ("the people", "the run ", "This run", "one run", "one seed"):
+        assert claim not in card.text, claim
+
+
+THEIRS = {
+    "license": "other",
+    "license_name": "ours",
+    "license_link": "LICENSE",
+    "base_model": ["hub-user/small-llm", "/home/me/llava"],
+    "tags": ["compodistill", "cdfast"],
+    "datasets": "hub-user/set",
+    "language": ["en", "de"],
+}
+
+
+def test_a_model_made_of_another_keeps_what_its_card_states(tmp_path):
+    for folder in (tmp_path / "exported", tmp_path / "fused"):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    text = yaml.safe_dump({**THEIRS, "model-index": [], "library_name": "timm"})
+    (tmp_path / "exported" / CARD_FILE).write_text(f"---\n{text}---\n# Theirs\n---\na: 1\n---\n")
+    card = ModelCard.load(write_card_of(tmp_path / "exported", tmp_path / "fused", fused=True))
+    want = {**THEIRS, "base_model": ["hub-user/small-llm", "llava"]}
+    want["tags"] = ["cdfast", "compodistill"]
+    want |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    assert card.data.to_dict() == want
+    assert "other, as stated by" in card.text
+    assert "but what the front matter of this card says" in card.text
+    assert "fused into one projector" in card.text
+    set_license(card, "mit")
+    assert "## License\n\nmit, as stated by" in card.text
+    assert {"license", "license_name", "license_link"} & {*card.data.to_dict()} == {"license"}
+
+
+@pytest.mark.parametrize("text", [None, "# No front matter", "---\n---\n# Empty"])
+def test_a_card_that_states_nothing_hands_nothing_on(tmp_path, text):
+    (tmp_path / "config.json").write_text("{}")
+    if text is not None:
+        (tmp_path / CARD_FILE).write_text(text)
+    card = ModelCard.load(write_card_of(tmp_path, tmp_path))
+    assert card.data.get("license") is None
+    assert "None is stated." in card.text
+    assert "front matter" not in card.text
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a", "license: a\nlicense: b"])
+def test_a_card_that_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / CARD_FILE).write_text(f"---\n{text}\n---\n")
+    with pytest.raises(ConfigError, match=f"{CARD_FILE}.*front matter"):
+        write_card_of(tmp_path, tmp_path)
 
 
 def test_license_is_stated_only_where_one_is_given():

@@ -22,6 +22,8 @@ from tests.cdfast.test_model_card import RESULTS
 
 TOKEN = "hf_of_the_test"
 PLACE = "https://huggingface.co/me/student"
+# What transformers writes below a folder of a model.
+BELOW = ("additional_chat_templates/rag.jinja", "qformer_tokenizer/tokenizer_config.json")
 OPTIONS = {"push_to_hub": True, "hub_model_id": "me/student"}
 
 
@@ -148,6 +150,12 @@ def run(tmp_path):
     )
     # A token that looks like a path must stay one.
     (model / "tokenizer.json").write_text(json.dumps({"vocab": {"/usr": 1}}))
+    for place in BELOW:
+        (model / place).parent.mkdir(exist_ok=True)
+        (model / place).write_text("{}")
+    for place in ("checkpoint-3/config.json", "additional_chat_templates/draft.txt"):
+        (model / place).parent.mkdir(exist_ok=True)
+        (model / place).write_text("to stay")
     command = f"python -m cdfast.train --data {tmp_path}/data.json --output-dir '{folder}'"
     recipe = {**RESULTS["recipe"], "data": [f"{tmp_path}/data.json"], "output_dir": str(folder)}
     results = {**RESULTS, "recipe": recipe, "environment": {"command": command}}
@@ -171,6 +179,7 @@ def test_the_finished_student_is_uploaded(run, hub, tmp_path, capsys):
     main([str(run), "me/student", "--private", "--license", "apache-2.0"])
     assert "me/student" in capsys.readouterr().out
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names |= {*BELOW}
     assert set(hub.files) == names | {"README.md", "results.json", "report.html"}
     assert all(name in listed for name in hub.files)
     assert hub.created[0]["visibility"] == "private"
@@ -218,7 +227,8 @@ def test_a_model_without_a_run_is_uploaded_with_a_card_that_says_so(run):
     shutil.copytree(run / "model", run.parent / "exported")
     (run.parent / "exported" / "README.md").unlink()
     files = content(upload_files(run.parent / "exported", Target("me/student")))
-    assert set(files) == {p.name for p in (run / "model").iterdir()} - {"optimizer.pt"}
+    here = {p.name for p in (run / "model").iterdir() if p.is_file()} - {"optimizer.pt"}
+    assert set(files) == here | {*BELOW}
     assert b"Nothing is known about its training" in files["README.md"]
     assert not (run.parent / "exported" / "README.md").exists()
 
