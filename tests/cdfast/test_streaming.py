@@ -22,7 +22,7 @@ from cdfast.data import DataError, load_dataset
 from cdfast.shards import expand, references
 from cdfast.stages import with_lora
 from cdfast.storage import CheckpointError
-from cdfast.streaming import StreamedDataset
+from cdfast.streaming import StreamedDataset, records_of_slots
 from cdfast.train import main
 from tests.cdfast.command import options, refused
 from tests.cdfast.photo_setup import conversation, make_processor, records
@@ -95,6 +95,7 @@ def test_slots_have_disjoint_records_whose_union_is_everything(folder, world, wo
     for epoch in range(2):
         parts = [[r.load()["id"] for r in data._pass(slot, epoch)] for slot in range(slots)]
         assert sorted(itertools.chain(*parts)) == ALL
+        assert records_of_slots((5, 3, 4, 1), slots) == list(map(len, parts))
         if slots == 4:
             assert sorted(map(len, parts)) == [1, 3, 4, 5]
         if slots in (3, 5):
