@@ -20,16 +20,19 @@ from transformers import (
 )
 
 from cdfast.adapters import set_trainable
+from cdfast.aligner import VisualAttentionAligner
 from cdfast.arguments import check_zero_options
 from cdfast.config import EMBEDDED_SCENES, PROJECTOR_ONLY, ConfigError, Recipe
 from cdfast.data_check.run import check_recipe_data
 from cdfast.hidden_projector import hidden_projector_size
+from cdfast.images import DataError
 from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
-from cdfast.models import load_config, teacher_source
+from cdfast.models import load_config, load_processor, teacher_source
+from cdfast.packing import check_packable
 from cdfast.progress import is_first_rank
-from cdfast.stages import Run, check_options
+from cdfast.stages import Run, check_options, stage_dataset, user_errors
 from cdfast.stored_targets.files import read_index
-from cdfast.stored_targets.plan import check_storable, recipe_aligner
+from cdfast.stored_targets.plan import check_storable, open_targets, recipe_aligner
 from cdfast.terms import weighted_terms
 
 
@@ -122,7 +125,7 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
         samples, json_path: see `check_recipe_data`.
 
     Returns:
-        Whether a run would go through its data.
+        Whether a run would go through its data, and find the stored targets that it reads.
 
     Raises:
         ConfigError: there is too little to build models from, or an option that cannot be used.
@@ -138,6 +141,10 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
     teacher_config, student_config = model_configs(recipe)
     student = meta_model(student_config)
     teacher = None if teacher_config is None else meta_model(teacher_config)
+    if recipe.packing:
+        check_packable(student)
+        if teacher is not None and any(stage.needs_teacher for stage in recipe.stages):
+            check_packable(teacher)
     console.print(f"[bold]{recipe.name}[/bold]: {recipe.description}")
     for role, model in (("teacher", teacher), ("student", student)):
         if model is not None:
@@ -150,6 +157,7 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
                 f"width {text.hidden_size}, vocabulary {text.vocab_size:,}; "
                 f"{per_image} visual tokens per image"
             )
+    aligner = None
     if teacher is not None and any(s.alignment_weight for s in recipe.stages):
         aligner = recipe_aligner(recipe, teacher, student)
         chosen = aligner.matches or {}
@@ -187,14 +195,31 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
     ready = True
     try:
         recipe.check_runnable()
-        if recipe.teacher_targets is not None:
-            read_index(Path(recipe.teacher_targets))
-    except ConfigError as error:
+        if recipe.teacher_targets is not None and is_first_rank():
+            _check_targets(recipe, aligner)
+    except (ConfigError, DataError) as error:
         console.print(f"not ready to run: {error}", markup=False)
         ready = False
     if not is_first_rank():
         return ready  # one rank looks at the data
     return check_recipe_data(recipe, console, samples=samples, path=json_path) and ready
+
+
+def _check_targets(recipe: Recipe, aligner: VisualAttentionAligner | None) -> None:
+    """Open the stored targets of every stage, as the run does before it trains.
+
+    Raises:
+        ConfigError: targets that are missing, not whole or of something else.
+        DataError: data that cannot be opened.
+    """
+    assert recipe.teacher_targets is not None
+    read_index(Path(recipe.teacher_targets))  # before data are looked through
+    with user_errors():
+        run = Run(recipe, Path("unused"), load_processor(recipe), PartialState(cpu=True))
+        for number, stage in enumerate(recipe.stages, 1):
+            if stage.needs_teacher:
+                samples = stage_dataset(run, number)
+                open_targets(recipe, number, samples, run.processor, aligner=aligner)
 
 
 def _unsharded(recipe: Recipe) -> Recipe:

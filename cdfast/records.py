@@ -7,6 +7,7 @@ a `DataError` that names the file, the record and the field. Records count from 
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -215,7 +216,8 @@ class RecordFile:
             if self.path.is_dir():
                 rows = datasets.load_from_disk(str(self.path))
             else:
-                rows = datasets.Dataset.from_parquet(str(self.path))
+                # It is read as a pattern, which may match other files.
+                rows = datasets.Dataset.from_parquet(glob.escape(str(self.path)))
         except Exception as error:
             raise self._unreadable(
                 "a data set that `datasets` can open",

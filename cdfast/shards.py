@@ -7,6 +7,7 @@ can be counted, shuffled and passed over without opening an image.
 
 from __future__ import annotations
 
+import glob
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +153,10 @@ def _parquet(path: Path, name: str) -> Iterator[Reference]:
     import datasets
 
     rows = datasets.load_dataset(
-        "parquet", data_files={"train": [str(path)]}, split="train", streaming=True
+        "parquet",
+        data_files={"train": [glob.escape(str(path))]},  # read as a pattern
+        split="train",
+        streaming=True,
     )
     record = 0
     # `iter`, not __iter__, which would leave out what it takes for the part of another worker; as

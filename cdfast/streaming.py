@@ -17,7 +17,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,33 @@ from cdfast.pairs import check_pair_answers, encode_pair
 from cdfast.shards import Reference, expand, references
 
 WINDOW = 1000
+
+
+def records_of_slots(counts: Sequence[int], slots: int) -> list[int]:
+    """How many records each slot has in a pass over files of so many records each."""
+    groups = math.gcd(len(counts), slots)
+    return [
+        len(range(slot // groups, sum(counts[slot % groups :: groups]), slots // groups))
+        for slot in range(slots)
+    ]
+
+
+def too_few(names: Sequence[str], world_size: int, workers: int) -> DataError:
+    """The error of files that leave a slot without a record.
+
+    Args:
+        names: of the files, as errors call them.
+        world_size: processes.
+        workers: of each, 0 as 1.
+    """
+    return DataError(
+        source=", ".join(names[:5]),
+        field="data",
+        expected=f"records for {world_size} processes with {max(workers, 1)} workers each",
+        got=f"too few of them in {len(names)} files",
+        remedy="give fewer --workers, or leave --streaming out for a set this small",
+        reason="file unreadable",
+    )
 
 
 class StreamedDataset(IterableDataset):
@@ -51,11 +78,12 @@ class StreamedDataset(IterableDataset):
         seed: of the order.
         window: records that are shuffled together; 1: the order of the files.
         max_length, turns, on_error, max_pixels, pairs: see `data.VisionTextDataset`. With
-            on_error="skip" the next good record of the window takes the place of a broken one.
+            on_error="skip" the next good record of the window takes the place of a broken one; of a
+            window without any, the records of the next window that has some.
 
     Raises:
-        DataError: a file that is absent or cannot be streamed, fewer records than slots, no usable
-            record in the first window, or a chat template that does not fit.
+        DataError: a file that is absent or cannot be streamed, no record at all or none that can
+            be used, or a chat template that does not fit.
         ValueError: an option out of range, an image root that is not a folder.
     """
 
@@ -99,12 +127,13 @@ class StreamedDataset(IterableDataset):
         found = [(file.name, file.stat().st_size if file.is_file() else 0) for file in self.files]
         self._digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
         self._batch = 0
+        self._iterated = False
         self._warned: set[str] = set()
         # A row for each worker; shared with it, whose own counters would be lost with it. The last
         # column counts samples that were cut.
         self._counts = torch.zeros(max(workers, 1), len(REASONS) + 1, dtype=torch.int64)
         self._counts.share_memory_()
-        self._try_first()
+        self._first = self._try_first()
 
     def made_for(self) -> dict[str, int]:
         """What its loader and its process are to be."""
@@ -149,8 +178,10 @@ class StreamedDataset(IterableDataset):
         """Encoded samples without end, see `encode` and `pairs.encode_pair`.
 
         Raises:
-            DataError: a file that cannot be read; with on_error="raise", a broken record.
-            ValueError: a loader with another number of workers.
+            DataError: a file that cannot be read; fewer records than slots; with on_error="raise",
+                a broken record, else a slot that has no usable record in a whole pass.
+            ValueError: a loader with another number of workers, or a second iteration of one with
+                persistent workers.
         """
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
@@ -159,17 +190,52 @@ class StreamedDataset(IterableDataset):
                 f"workers: expected a loader of {self.workers} workers, as the data set was made "
                 f"for; got {workers}. Give both the same number."
             )
+        if info is not None and self._iterated:
+            # Its copy of the data set is older than what begin_at has set since.
+            raise ValueError(
+                "persistent_workers: expected False, because a worker that is kept does not learn "
+                "where the next iteration begins; got True. Leave persistent_workers out."
+            )
+        self._iterated = info is not None
         # The loader asks its worker 0 first, whatever batch it begins with.
         slot = (self._batch + worker) % workers
         done = len(range(slot, self._batch, workers)) * self.batch_size
-        for records, start in self._windows(self.rank * workers + slot, done):
-            for n in range(start, len(records)):
-                yield self._encoded(records, n, worker)
+        yield from self._samples(self._windows(self.rank * workers + slot, done), worker)
 
-    def _windows(self, slot: int, done: int) -> Iterator[tuple[list[Reference], int]]:
-        """Shuffled windows of a slot, and where to begin in each, behind its first `done` records.
+    def _samples(
+        self, windows: Iterator[tuple[int, list[Reference], int]], worker: int
+    ) -> Iterator[dict[str, Any]]:
+        """A sample for each record of `windows`, whether it can be used or not.
 
-        References cost little, so what is done is counted off by making and dropping them.
+        The windows alone decide which, so that it is the same wherever the stream is resumed.
+        """
+        # Places in windows without a usable record, each with a reason, and the pass of the first.
+        waiting: list[tuple[int, str]] = []
+        since = 0
+        for epoch, records, start in windows:
+            if not waiting:
+                since = epoch
+            elif epoch > since + 1:  # the pass between them has been looked at as a whole
+                part = f"among those of rank {self.rank}, loader worker {worker}"
+                raise self._none_left(part, Counter(reason for _, reason in waiting))
+            own = range(start, len(records))
+            for place, reason in itertools.chain(waiting, ((place, "") for place in own)):
+                encoded, passed_over = self._usable(records, place % len(records))
+                if encoded is None:
+                    waiting += zip(own, passed_over)
+                    break
+                for replaced in [reason] if reason else passed_over[:1]:
+                    self._counts[worker, REASONS.index(replaced)] += 1
+                self._counts[worker, -1] += int(encoded["truncated"])
+                yield encoded
+            else:
+                waiting = []
+
+    def _windows(self, slot: int, done: int) -> Iterator[tuple[int, list[Reference], int]]:
+        """The windows of a slot behind its first `done` records.
+
+        Each as its pass, its records, shuffled, and where to begin in them. References cost little,
+        so what is done is counted off by making and dropping them.
         """
         epoch = 0
         while True:
@@ -183,10 +249,10 @@ class StreamedDataset(IterableDataset):
                     done -= len(several)
                     continue
                 order = np.random.default_rng((self.seed, 1, slot, epoch, number))
-                yield [several[i] for i in order.permutation(len(several))], done
+                yield epoch, [several[i] for i in order.permutation(len(several))], done
                 done = 0
             if not length:
-                raise self._too_few()
+                raise too_few(self.names, self.world_size, self.workers)
             # Every pass of a slot is as long as this one.
             epoch += 1 + done // length
             done %= length
@@ -205,17 +271,6 @@ class StreamedDataset(IterableDataset):
     def _file(self, number: int) -> Iterator[Reference]:
         return references(self.files[number], self.names[number])
 
-    def _too_few(self) -> DataError:
-        return DataError(
-            source=", ".join(self.names[:5]),
-            field="data",
-            expected=f"records for {self.world_size} processes with {max(self.workers, 1)} workers "
-            "each",
-            got=f"too few of them in {len(self.files)} files",
-            remedy="give fewer --workers, or leave --streaming out for a set this small",
-            reason="file unreadable",
-        )
-
     def sample(self, record: Reference) -> Sample:
         """Read a record; its images are not decoded."""
         return record.sample(self.roots, pairs=self.pairs)
@@ -223,30 +278,33 @@ class StreamedDataset(IterableDataset):
     def _encode(self, sample: Sample) -> dict[str, Any]:
         return (encode_pair if self.pairs else encode)(self.processor, sample, **self._encoding)
 
-    def _encoded(self, records: list[Reference], number: int, worker: int) -> dict[str, Any]:
-        """Record `number` of a window, or the next good one of it."""
+    def _usable(
+        self, records: list[Reference], number: int
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Record `number` of a window encoded, or the next good one of it, and why others are not.
+
+        Returns:
+            The sample, None if the window has none, and a reason for each record before it.
+        """
+        passed_over: list[str] = []
         for offset in range(len(records)):
             record = records[(number + offset) % len(records)]
             try:
-                encoded = self._encode(self.sample(record))
+                return self._encode(self.sample(record)), passed_over
             except DataError as error:
                 if self.on_error == "raise":
                     raise
-                if offset == 0:
-                    self._counts[worker, REASONS.index(error.reason)] += 1
-                    self._warn(error)
-                continue
-            self._counts[worker, -1] += int(encoded["truncated"])
-            return encoded
-        raise self._none_left(records[number])
+                self._warn(error)
+                passed_over.append(error.reason)
+        return None, passed_over
 
-    def _none_left(self, record: Reference) -> DataError:
+    def _none_left(self, part: str, reasons: Counter[str]) -> DataError:
         return DataError(
-            source=record.place,
+            source=", ".join(self.names[:5]),
             field="records",
-            expected=f"one that can be encoded among the {self.window} read together with it",
-            got=f"none: {dict(self.skipped)}",
-            remedy="correct the records, or run --dry-run to see what they have",
+            expected=f"one that can be encoded {part}",
+            got=f"none: {dict(reasons)}",
+            remedy="correct the records, see --dry-run for what they have, or give fewer --workers",
         )
 
     def _warn(self, error: DataError) -> None:
@@ -258,30 +316,36 @@ class StreamedDataset(IterableDataset):
             )
         self._warned.add(error.reason)
 
-    def _first_window(self) -> Iterator[Reference]:
-        records = itertools.chain.from_iterable(self._file(f) for f in range(len(self.files)))
-        return itertools.islice(records, self.window)
+    def _in_order(self) -> Iterator[Reference]:
+        return itertools.chain.from_iterable(self._file(f) for f in range(len(self.files)))
 
     def first(self) -> Iterator[dict[str, Any]]:
-        """The samples among the first `window` records that can be used, in the files' order."""
-        for record in self._first_window():
+        """The samples that can be used among `window` records, from the first such on, in order."""
+        for record in itertools.islice(self._in_order(), self._first, self._first + self.window):
             try:
                 yield self._encode(self.sample(record))
             except DataError:
                 if self.on_error == "raise":
                     raise
 
-    def _try_first(self) -> None:
-        """Encode the first record that can be, and check its labels against its answers."""
+    def _try_first(self) -> int:
+        """Encode the first record that can be, and check its labels against its answers.
+
+        Returns:
+            Its number.
+        """
         check = check_pair_answers if self.pairs else check_answers
-        record = None
-        for record in self._first_window():
+        reasons: Counter[str] = Counter()
+        for number, record in enumerate(self._in_order()):
             try:
                 sample = self.sample(record)
                 check(self.processor, sample, self._encode(sample))
-                return
+                return number
             except DataError as error:
                 if self.on_error == "raise" or error.reason == "chat template":
                     raise
                 self._warn(error)
-        raise self._none_left(record) if record else self._too_few()
+                reasons[error.reason] += 1
+        if reasons:
+            raise self._none_left("among all", reasons)
+        raise too_few(self.names, self.world_size, self.workers)

@@ -97,26 +97,35 @@ def readers_files(tmp_path, monkeypatch):
     """What the pages call path/to/llava, path/to/small-llm and so on, in the working folder."""
     from tests.cdfast.tiny_families import idefics3
     from tests.cdfast.tiny_models import tiny_language_model, tiny_teacher
+    from tests.cdfast.tiny_processors import llava_processor
 
     monkeypatch.chdir(tmp_path)
-    tiny_teacher().save_pretrained("path/to/llava")
     tiny_language_model().save_pretrained("path/to/small-llm")
+    made = {"llava": (tiny_teacher(), llava_processor())}
     for role, layers in (("teacher", 6), ("student", 4)):
-        idefics3(layers=layers)[0].save_pretrained(f"path/to/{role}-vlm")
+        made[f"{role}-vlm"] = idefics3(layers=layers)
+    for name, (model, processor) in made.items():
+        model.save_pretrained(f"path/to/{name}")
+        processor.save_pretrained(f"path/to/{name}")
+    # The pages name targets that nobody has made here; what is compared of them: see
+    # test_stored_targets.py.
+    monkeypatch.setattr("cdfast.dry_run.open_targets", lambda *args, **options: None)
 
 
 def write_data(recipe):
-    """The files and folders that a command of the pages names: one record without an image."""
+    """The files and folders that a command of the pages names: records without an image."""
 
     def write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record if path.suffix == ".jsonl" else [record]))
+        # A stream is to have a record for each of its workers.
+        lines = (json.dumps(record) + "\n") * max(recipe.workers, 1)
+        path.write_text(lines if path.suffix == ".jsonl" else json.dumps([record]))
 
     from cdfast.config import EMBEDDED_SCENES
     from cdfast.stored_targets.files import FORMAT, INDEX_FILE
     from tests.cdfast.photo_setup import conversation
 
-    record = {"conversations": conversation([("Who?", "I.")])}
+    record = {"conversations": conversation([("Who?", "I.")]), "rejected": "You."}
     for owner in (recipe, *recipe.stages):
         for folder in owner.image_root or []:
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -44,12 +44,11 @@ def print_data(content: Mapping[str, Any], console: Console) -> None:
     shown = next((r["example"] for r in results if r["example"]), None)
     if shown:
         console.print(_example(shown))
-    for result in results:
-        for reason in result["stops"]:
-            console.print(
-                f"[bold red]the run would stop:[/] {escape(_name(result))}: "
-                f"{escape(printable(reason))}"
-            )
+    stops = [(_name(result), reason) for result in results for reason in result["stops"]]
+    for name, reason in [*(("processor", reason) for reason in content["stops"]), *stops]:
+        console.print(
+            f"[bold red]the run would stop:[/] {escape(name)}: {escape(printable(reason))}"
+        )
     if not results[-1]["complete"]:
         console.print("the check was stopped before its end", markup=False)
     if content["would_run"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from cdfast.data_check.check import (
 from cdfast.data_check.report import print_data
 from cdfast.data_check.samples import FileSamples, StreamSamples
 from cdfast.encoding import Sample
-from cdfast.models import load_processor
+from cdfast.models import load_config, load_processor, teacher_source
 from cdfast.stages import Run, stage_dataset, user_errors, uses_scenes, write_json
 
 # Scenes that are generated cannot be broken: a few show lengths and answers.
@@ -127,12 +128,18 @@ def check_recipe_data(
     found = data_sets(recipe)
     if samples == 0 or not found:
         return True
-    processor, reason = _processor(recipe)
-    content: dict[str, Any] = {"recipe": recipe.name, "not_checked": reason, "data_sets": []}
+    processor, reason, stops = _processor(recipe)
+    content: dict[str, Any] = {
+        "recipe": recipe.name,
+        "not_checked": reason,
+        "stops": stops,
+        "data_sets": [],
+    }
     for data in found:
         result = check_data_set(recipe, data, processor, samples)
         content["data_sets"].append(result)
-        content["would_run"] = all(r["complete"] and not r["stops"] for r in content["data_sets"])
+        sets = content["data_sets"]
+        content["would_run"] = not stops and all(r["complete"] and not r["stops"] for r in sets)
         if path is not None:
             _write(path, content)
         if not result["complete"]:
@@ -154,12 +161,30 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         ) from error
 
 
-def _processor(recipe: Recipe) -> tuple[Any, str | None]:
-    """The run's processor, or None and what cannot be checked without it."""
+def _processor(recipe: Recipe) -> tuple[Any, str | None, list[str]]:
+    """The run's processor, or None, what cannot be checked without it, and why a run would stop.
+
+    A run would not where a model is not here yet: it may be a name of a hub.
+    """
     try:
-        return load_processor(recipe), None
+        return load_processor(recipe), None, []
     except ConfigError as error:
-        return None, f"tokens, truncation and answer masks, because there is no processor: {error}"
+        unchecked = "tokens, truncation and answer masks, because there is no processor"
+        if _models_are_here(recipe):
+            return None, unchecked, [str(error)]
+        return None, f"{unchecked}: {error}", []
+
+
+def _models_are_here(recipe: Recipe) -> bool:
+    """Whether there are the checkpoints that a processor is loaded from."""
+    try:
+        first = teacher_source(recipe) if recipe.teacher else recipe.student
+        for source in (first, None if recipe.teacher else recipe.vision_tower):
+            if source and not Path(source).is_dir():
+                load_config(source, recipe.trust_remote_code)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_data_set(
@@ -206,7 +231,9 @@ def _opened(recipe: Recipe, data: DataSet, processor: Any, samples: int | None) 
         given = (data.names, data.roots, data.options.pairs)
         with Console(stderr=True).status(f"Reading {_title(data)}"):
             if data.streamed:
-                return StreamSamples(*given, STREAMED if samples is None else samples)
+                number = STREAMED if samples is None else samples
+                processes = int(os.environ.get("WORLD_SIZE", "1"))  # as the launcher sets it
+                return StreamSamples(*given, number, processes, recipe.workers)
             return FileSamples(*given)
     with user_errors():
         run = Run(recipe, Path("unused"), processor, PartialState(cpu=True))

@@ -16,6 +16,7 @@ from cdfast.encoding import Sample
 from cdfast.images import DataError
 from cdfast.records import RecordFile
 from cdfast.shards import Reference, expand, references
+from cdfast.streaming import records_of_slots, too_few
 
 
 def missing_roots(roots: Sequence[str]) -> list[str]:
@@ -69,13 +70,20 @@ class StreamSamples:
     Args:
         paths, roots, pairs: see `FileSamples`; the files are those that can be streamed.
         number: about how many records of all files together.
+        processes, workers: of the run, which are to have a record each; see `StreamedDataset`.
 
     Attributes:
         faults: why files cannot be used, one sentence each.
     """
 
     def __init__(
-        self, paths: Sequence[str], roots: Sequence[str], pairs: bool = False, number: int = 2000
+        self,
+        paths: Sequence[str],
+        roots: Sequence[str],
+        pairs: bool = False,
+        number: int = 2000,
+        processes: int = 1,
+        workers: int = 1,
     ):
         self.pairs, self.roots = pairs, tuple(roots)
         self.faults = missing_roots(roots)
@@ -87,11 +95,18 @@ class StreamSamples:
             except DataError as error:
                 self.faults.append(str(error))
         each = -(-number // max(len(files), 1))
-        for file, name in zip(files, shown_names(files)):
+        names, slots = shown_names(files), processes * max(workers, 1)
+        counts: list[int] = []
+        for file, name in zip(files, names):
             try:
-                self.records += itertools.islice(references(file, name), each)
+                # So many of one file are enough for all slots, however these share the files.
+                found = list(itertools.islice(references(file, name), max(each, slots)))
+                self.records += found[:each]
+                counts.append(len(found))
             except DataError as error:
                 self.faults.append(str(error))
+        if not self.faults and min(records_of_slots(counts, slots)) == 0:
+            self.faults.append(str(too_few(names, processes, workers)))
 
     def __len__(self) -> int:
         return len(self.records)

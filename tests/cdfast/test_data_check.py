@@ -276,6 +276,30 @@ def test_what_is_not_checked_without_a_processor_is_said(folder, monkeypatch):
     assert "has a processor that cannot be loaded" in content["not_checked"]
 
 
+def test_a_processor_that_cannot_be_loaded_stops_the_run_where_its_model_is_here(
+    folder, monkeypatch
+):
+    fits, printed, content = run(folder, monkeypatch, [record()], None, teacher=str(folder))
+    assert not fits
+    assert not content["would_run"]
+    assert content["stops"] == ["model 's' has a processor that cannot be loaded"]
+    assert "the run would stop: processor: model 's' has a processor" in printed
+    assert content["data_sets"][0]["usable"] == 1
+
+
+@pytest.mark.parametrize("processes, fits", [(5, True), (6, False)])
+def test_a_stream_is_to_have_a_record_for_every_slot(folder, monkeypatch, processes, fits):
+    """Counted as far as that asks, also where fewer are looked at."""
+    lines = "".join(json.dumps(record(str(n))) + "\n" for n in range(5))
+    (folder / "five.jsonl").write_text(lines)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    given = {"data": [str(folder / "five.jsonl")], "streaming": True, "samples": 2}
+    found, printed, content = run(folder, monkeypatch, [], **given)
+    assert content["data_sets"][0]["checked"] == 2
+    assert found == fits
+    assert ("expected records for 6 processes with 1 workers each" in printed) != fits
+
+
 def test_files_that_cannot_be_read_stop_the_run_and_the_others_are_checked(folder, monkeypatch):
     (folder / "bad.json").write_text("{")
     files = [str(folder / name) for name in ("absent.json", "d.json", "bad.json")]

@@ -367,6 +367,15 @@ def test_refusals_of_the_command(case, paths, tmp_path, capsys):
     assert message in refused(given, capsys)
 
 
+def test_a_dry_run_refuses_a_family_that_is_not_packed(paths, tmp_path, capsys):
+    qwen()[0].save_pretrained(tmp_path / "qwen")
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({"stages": [{"stage": "sft"}]}))
+    given = {"teacher": None, "student": tmp_path / "qwen", "packing": "true"}
+    given = [str(tmp_path / "one.yaml"), *options(paths, tmp_path / "run", **given), "--dry-run"]
+    assert "packing: expected a model of the kinds" in (line := refused(given, capsys))
+    assert "got 'qwen2_5_vl'" in line
+
+
 class Streamed(torch.utils.data.IterableDataset):
     def __len__(self):
         return 3

@@ -627,6 +627,25 @@ def test_targets_of_something_else_are_refused(case, command, paths, tmp_path, c
     assert re.search(message, error), error
 
 
+@pytest.mark.parametrize("case", ["length", "layers", "none"])
+def test_a_dry_run_names_targets_of_something_else(case, command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    arguments, made, folder = command
+    if not (folder / "targets").exists():
+        targets.main([*arguments, *made])
+    changed, message = MISMATCHES.get(case, ({}, ""))
+    given = {"--teacher-targets": str(folder / "targets"), "--dry-run-samples": "0", **changed}
+    given = [*arguments, *(text for pair in given.items() for text in pair), "--dry-run"]
+    if case == "none":
+        train(given)
+        assert "not ready" not in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as end:
+        train(given)
+    assert end.value.code == 1
+    assert re.search(f"not ready to run: teacher_targets: .*{message}", capsys.readouterr().out)
+
+
 def test_a_run_that_takes_more_samples_than_are_stored_is_refused(tmp_path, capsys):
     """Generated scenes: as many as the steps need."""
     common = ["miniature", "--objective", "pooled_stored", "--batch-size", "2"]

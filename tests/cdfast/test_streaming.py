@@ -22,7 +22,7 @@ from cdfast.data import DataError, load_dataset
 from cdfast.shards import expand, references
 from cdfast.stages import with_lora
 from cdfast.storage import CheckpointError
-from cdfast.streaming import StreamedDataset
+from cdfast.streaming import StreamedDataset, records_of_slots
 from cdfast.train import main
 from tests.cdfast.command import options, refused
 from tests.cdfast.photo_setup import conversation, make_processor, records
@@ -95,6 +95,7 @@ def test_slots_have_disjoint_records_whose_union_is_everything(folder, world, wo
     for epoch in range(2):
         parts = [[r.load()["id"] for r in data._pass(slot, epoch)] for slot in range(slots)]
         assert sorted(itertools.chain(*parts)) == ALL
+        assert records_of_slots((5, 3, 4, 1), slots) == list(map(len, parts))
         if slots == 4:
             assert sorted(map(len, parts)) == [1, 3, 4, 5]
         if slots in (3, 5):
@@ -156,7 +157,7 @@ def emitted(data, slots, batches):
         slot = (first + worker) % slots
         done = len(range(slot, first, slots)) * data.batch_size
         streams.append(
-            r.load()["id"] for several, n in data._windows(slot, done) for r in several[n:]
+            r.load()["id"] for _, several, n in data._windows(slot, done) for r in several[n:]
         )
     return [list(itertools.islice(streams[b % slots], data.batch_size)) for b in range(batches)]
 
@@ -255,6 +256,22 @@ def test_every_format_gives_the_samples_of_the_same_records(folder, kind):
             assert torch.equal(found[n]["images"][key], value)
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_parquet_path_is_no_pattern(folder, streamed):
+    """Neither fails where it has brackets, nor reads what a * would match."""
+    within = folder / "run[1]"
+    within.mkdir()
+    for file, n in (("a*.parquet", 0), ("ab.parquet", 1)):
+        datasets.Dataset.from_list([text_record(n)]).to_parquet(within / file)
+    path = within / "a*.parquet"
+    if streamed:
+        found = [reference.load()["id"] for reference in references(path, "a")]
+    else:
+        data = load_dataset(path, folder, PROCESSOR)
+        found = [name(data[n]["source"]) for n in range(len(data))]
+    assert found == ["r0"]
+
+
 def test_several_images_of_a_tar_record_stand_in_their_order(folder):
     pictures = []
     for colour in ("red", "blue"):
@@ -347,13 +364,19 @@ def test_a_set_smaller_than_the_slots_is_refused_when_it_is_read(folder):
 
 
 def broken_folder(folder):
-    for path in (folder / "data").iterdir():
-        path.unlink()
-    made = [image_record(n) for n in range(8)]
-    made[2]["image"] = made[5]["image"] = "absent.png"
+    made = one_file(folder, 8, lost=(2, 5))
     made[6]["conversations"] = []
     write_lines(folder / "data" / "x.jsonl", made)
     return folder
+
+
+def one_file(folder, count, lost):
+    """In place of the others: records of one file, some without their image."""
+    for path in (folder / "data").iterdir():
+        path.unlink()
+    made = [image_record(n, "absent.png" if n in lost else "a.png") for n in range(count)]
+    write_lines(folder / "data" / "x.jsonl", made)
+    return made
 
 
 def test_broken_records_stop_the_stream_or_are_replaced_and_counted(folder):
@@ -372,6 +395,70 @@ def test_broken_records_stop_the_stream_or_are_replaced_and_counted(folder):
     assert names(data, 7) == given[9:]
 
 
+# Records, window, those without an image, ranks.
+LOST = {
+    "short last window": (9, 4, {8}, 1),
+    "windows of one": (9, 1, {0, 1, 4, 8}, 1),
+    "window in the middle": (9, 3, {3, 4, 5}, 1),
+    "two slots": (9, 2, {4, 6, 8}, 2),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+@pytest.mark.filterwarnings("ignore:image missing")
+def test_a_window_without_a_usable_record_is_given_those_of_the_next(folder, case):
+    """Every rank goes on for as long as it is asked, and resumes at any of its samples."""
+    count, window, lost, ranks = LOST[case]
+    one_file(folder, count, lost)
+    for rank in range(ranks):
+        part = {"rank": rank, "world_size": ranks, "window": window, "on_error": "skip"}
+        whole = names(stream(folder, **part), 3 * count)
+        assert len(whole) == 3 * count
+        assert set(whole) == {f"r{n}" for n in range(rank, count, ranks) if n not in lost}
+        for done in range(1, count + 2):
+            data = stream(folder, **part)
+            data.begin_at(done)
+            assert names(data, count) == whole[done : done + count]
+
+
+@pytest.mark.filterwarnings("ignore:image missing")
+def test_a_stream_of_windows_of_one_gives_the_next_good_record_and_counts_once(folder):
+    one_file(folder, 9, lost=LOST["windows of one"][2])
+    data = stream(folder, on_error="skip", window=1)
+    assert names(data, 18) == [f"r{n}" for n in (2, 2, 2, 3, 5, 5, 6, 7, 2)] * 2
+    assert data.skipped == {"image missing": 2 * len(LOST["windows of one"][2])}
+
+
+@pytest.mark.filterwarnings("ignore:image missing")
+def test_loader_workers_go_on_behind_a_window_without_a_usable_record(folder):
+    one_file(folder, 9, lost={7, 8})
+    data = stream(folder, on_error="skip", window=4, workers=2)
+    whole = names(data, 18)
+    assert set(whole) == {f"r{n}" for n in range(7)}
+    data.begin_at(7)
+    assert names(data, 11) == whole[7:]
+
+
+@pytest.mark.filterwarnings("ignore:image missing")
+def test_a_part_without_a_usable_record_in_a_whole_pass_is_named(folder):
+    one_file(folder, 6, lost={1, 3, 5})
+    part = {"world_size": 2, "window": 1, "on_error": "skip"}
+    assert names(stream(folder, rank=0, **part), 4) == ["r0", "r2", "r4", "r0"]
+    words = r"among those of rank 1, loader worker 0, got none: {'image missing': 6}.*--workers"
+    with pytest.raises(DataError, match=words):
+        names(stream(folder, rank=1, **part), 1)
+    one_file(folder, 6, lost=range(6))
+    with pytest.raises(DataError, match=r"among all, got none: {'image missing': 6}"):
+        stream(folder, on_error="skip")
+
+
+@pytest.mark.filterwarnings("ignore:image missing")
+def test_samples_for_probes_begin_with_the_first_that_can_be_used(folder):
+    one_file(folder, 9, lost={0, 1, 3})
+    data = stream(folder, on_error="skip", window=3)
+    assert [name(sample["source"]) for sample in data.first()] == ["r2", "r4"]
+
+
 def test_counts_of_workers_are_summed(folder):
     broken_folder(folder)
     with warnings.catch_warnings():
@@ -381,6 +468,17 @@ def test_counts_of_workers_are_summed(folder):
     assert len(taken) == 40
     assert data.skipped["image missing"] >= 8
     assert data.truncated == 0 or data.truncated >= 20
+
+
+def test_a_second_iteration_of_workers_that_are_kept_is_refused(folder):
+    """They would begin where the first one began, whatever begin_at has said since."""
+    data = stream(folder, workers=1)
+    loader = DataLoader(data, batch_size=1, num_workers=1, collate_fn=list, persistent_workers=True)
+    first = [name(batch[0]["source"]) for batch in itertools.islice(loader, 2)]
+    assert first == names(data, 2)
+    data.begin_at(2)
+    with pytest.raises(ValueError, match="persistent_workers: expected False"):
+        next(iter(loader))
 
 
 def test_a_loader_of_other_workers_is_refused(folder):
