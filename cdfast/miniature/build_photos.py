@@ -34,15 +34,18 @@ PHOTO_SIZE = (160, 240)
 # Training sees the left part of every photograph, validation and test the two halves of the rest.
 TRAIN_WIDTH = 160
 HELD_OUT_HEIGHT = 80
-# Shares of a digit's instances, in the order of the file.
+# Shares of a digit's instances, drawn at random: the last ones of the file look different from those
+# before them (docs/miniature.md).
 TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.15
+SPLIT_SEED = 0
 
 
 def digit_instances(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Images (n, 8, 8) of one digit, cut into the three splits in the order they stand in."""
+    """Images (n, 8, 8) of one digit, dealt to the three splits."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     first = round(TRAIN_SHARE * len(images))
     second = round((TRAIN_SHARE + VALIDATION_SHARE) * len(images))
-    parts = np.split(images.astype(np.uint8), [first, second])
+    parts = np.split(images[order].astype(np.uint8), [first, second])
     return dict(zip(("train", "validation", "test"), parts))
 
 

@@ -2,8 +2,8 @@
 
 The second one, `PHOTOS`, has real picture content: every object is one person's handwritten digit,
 coloured, and the background is a piece of a photograph. Each instance of a digit and each region
-of a photograph belongs to one split, so scenes of another split show handwriting and backgrounds
-that training never showed. Sources and licences: docs/miniature.md; build_photos.py makes the file.
+of a photograph belongs to one split, so scenes of another split show instances and backgrounds that
+training never showed. Sources and licences: docs/miniature.md; build_photos.py makes the file.
 """
 
 from __future__ import annotations
