@@ -34,8 +34,8 @@ PHOTO_SIZE = (160, 240)
 # Training sees the left part of every photograph, validation and test the two halves of the rest.
 TRAIN_WIDTH = 160
 HELD_OUT_HEIGHT = 80
-# Shares of a digit's instances, drawn at random: the last ones of the file look different from those
-# before them (docs/miniature.md).
+# Shares of a digit's instances, drawn at random: the last ones of the file look different from the
+# others (docs/miniature.md).
 TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.15
 SPLIT_SEED = 0
 
