@@ -14,7 +14,7 @@ from typing import Any
 EVALUATION = {"evaluate_split": "test", "evaluate_seed": 20261123}
 # Steps of the runs to convergence, as a multiple of the recipe's.
 CURVE_FACTOR = 5.0
-CURVE_QUESTIONS = 50
+CURVE_QUESTIONS = 30
 EQUAL_COMPUTE = "equal compute"
 _KD = {"taf": False, "alignment_weight": 0}
 _LM = {**_KD, "kl_weight": 0}

@@ -202,7 +202,10 @@ def dry_run(recipe: Recipe, *, samples: int | None = None, json_path: Path | Non
         ready = False
     if not is_first_rank():
         return ready  # one rank looks at the data
-    return check_recipe_data(recipe, console, samples=samples, path=json_path) and ready
+    fits = check_recipe_data(recipe, console, samples=samples, path=json_path)
+    if not ready:
+        console.print("not ready to run: the reason stands above the data")
+    return fits and ready
 
 
 def _check_targets(recipe: Recipe, aligner: VisualAttentionAligner | None) -> None:

@@ -643,7 +643,9 @@ def test_a_dry_run_names_targets_of_something_else(case, command, capsys, monkey
     with pytest.raises(SystemExit) as end:
         train(given)
     assert end.value.code == 1
-    assert re.search(f"not ready to run: teacher_targets: .*{message}", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(f"not ready to run: teacher_targets: .*{message}", printed)
+    assert printed.splitlines()[-1].startswith("not ready to run")
 
 
 def test_a_run_that_takes_more_samples_than_are_stored_is_refused(tmp_path, capsys):
