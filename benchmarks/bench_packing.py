@@ -118,11 +118,13 @@ def together(records: list[dict[str, Any]], head: int) -> dict[str, Any]:
     own = [len(record["input_ids"]) - head for record in records]
     segments = [torch.full((n,), place + 1) for place, n in enumerate(own)]
     positions = [torch.arange(head), *(torch.arange(head, head + n) for n in own)]
-    join = lambda name: torch.cat([first[name][:head], *(r[name][head:] for r in records)])  # noqa: E731
+    rows = {
+        name: torch.cat([first[name][:head], *(record[name][head:] for record in records)])
+        for name in ("input_ids", "labels")
+    }
     return {
         **first,
-        "input_ids": join("input_ids"),
-        "labels": join("labels"),
+        **rows,
         "segment_ids": torch.cat([torch.zeros(head, dtype=torch.int64), *segments]),
         "position_ids": torch.cat(positions),
     }
