@@ -53,6 +53,7 @@ class Table:
         note: what this table's rows do not say themselves.
         teacher_of: arm whose teacher has a row, and with which similarity is shown; none: no row.
         curve: whether it is drawn over training steps.
+        also: further differences, below the rows: an arm, and the arm that it is against.
     """
 
     letter: str
@@ -62,6 +63,7 @@ class Table:
     note: str = ""
     teacher_of: str = ""
     curve: bool = False
+    also: tuple[tuple[str, str], ...] = ()
 
 
 # Behind every table that has a teacher's rows: what alignment copies is what was supervised.
@@ -80,6 +82,9 @@ ARMS: dict[str, Arm] = {
     "llava-kd": Arm("LLaVA-KD", "miniature-llava-kd"),
     "llava-mod": Arm("LLaVA-MoD dense", "miniature-llava-mod"),
     "compodistill": Arm("CompoDistill, paper", "miniature"),
+    "compodistill-weight-1": Arm(
+        "CompoDistill, paper, weight 1", "miniature", {"alignment_weight": 1}
+    ),
     "official": Arm("CompoDistill, official", "miniature-official"),
     "kd": Arm("KD: neither VAT nor TAF", "miniature", _KD),
     "vat": Arm("VAT", "miniature", {"taf": False}),
@@ -116,14 +121,26 @@ TABLES: dict[str, Table] = {
             "llava-kd",
             "llava-mod",
             "compodistill",
+            "compodistill-weight-1",
             "official",
         ),
         "sft",
-        "Steps, optimizer and learning rates of all rows are those that were chosen for "
-        "CompoDistill, paper; official sums its two layers, so its alignment weighs twice as much.",
+        "Steps, optimizer and learning rates of all rows are CompoDistill's; LLaVA-MoD's "
+        "preference stage has a rate of its own. The other systems' losses have their sources' "
+        "weights; CompoDistill's alignment has weight 4 here, taken over from first experiments on "
+        "such scenes, and 1 in the recipes for real models and in one row. Official aligns maps "
+        "pooled over image rows; what was supervised in this teacher, and what similarity is of, "
+        "are text rows. It sums its two layers, so its alignment weighs twice as much.",
         teacher_of="compodistill",
+        also=(("compodistill", "sft-equal-compute"), ("compodistill", "compodistill-weight-1")),
     ),
-    "vat-taf": Table("b", "VAT and TAF", ("kd", "vat", "taf", "compodistill"), "kd"),
+    "vat-taf": Table(
+        "b",
+        "VAT and TAF",
+        ("kd", "vat", "taf", "compodistill"),
+        "kd",
+        also=(("compodistill", "vat"), ("compodistill", "taf")),
+    ),
     "objective": Table(
         "c",
         "Alignment objective",
@@ -131,15 +148,18 @@ TABLES: dict[str, Table] = {
         "taf",
         "All objectives have the weight that was chosen for the cosine, 4. The loss of MSE, a mean "
         "over map entries, is some hundreds of times smaller there, so it has a second row: the "
-        "best of 400, 1200 and 4000 by one run each on validation scenes.",
+        "best of 400, 1200 and 4000 by one run each on validation scenes, with an earlier order of "
+        "tasks.",
+        also=(("kl", "compodistill"), ("mse-weighed", "compodistill"), ("kl", "mse-weighed")),
     ),
     "layers": Table(
         "d",
         "Aligned layers",
         ("early", "compodistill", "later", "all"),
         "compodistill",
-        "Similarity is that of the layers which the row aligns: it is not of the same layers in "
-        "all rows.",
+        "The supervised heads of the teacher are in its two intermediate layers, so which layers "
+        "are best follows from how it was trained. Similarity is that of the layers which the row "
+        "aligns: it is not of the same layers in all rows.",
     ),
     "matching": Table(
         "e",
@@ -147,8 +167,9 @@ TABLES: dict[str, Table] = {
         ("simple", "adaptive", "all"),
         "all",
         "All layers are aligned, 4 of the student with 6 of the teacher. Of the intermediate ones "
-        "both have 2: group matching is simple there. Similarity is that of each row's own "
-        "matches.",
+        "both have 2: group matching is simple there. Group averages the teacher's two supervised "
+        "layers with their neighbours, simple and adaptive may match each with a layer of its own. "
+        "Similarity is that of each row's own matches.",
     ),
     "steps": Table(
         "f",
@@ -156,8 +177,11 @@ TABLES: dict[str, Table] = {
         ("sft-long", "kd-long", "compodistill-long"),
         "sft-long",
         f"Every stage has {CURVE_FACTOR:g} times its steps. The rows are the end, on the test "
-        "scenes; the curves are of validation scenes, during training.",
+        "scenes; the curves are of validation scenes, during training. Captions are asked from "
+        "the third stage on, whose rate falls to 0: a curve that flattens there need not have "
+        "converged.",
         curve=True,
+        also=(("compodistill-long", "kd-long"), ("kd-long", "sft-long")),
     ),
     "unprivileged": Table(
         "g1",
@@ -166,6 +190,7 @@ TABLES: dict[str, Table] = {
         "sft",
         "SFT is the run of (a): it has no teacher.",
         teacher_of="compodistill-unprivileged",
+        also=(("compodistill-unprivileged", "kd-unprivileged"),),
     ),
     "photos": Table(
         "g2",
@@ -174,6 +199,7 @@ TABLES: dict[str, Table] = {
         "sft-photos",
         "SFT has the stages of the recipe with the LM loss alone.",
         teacher_of="compodistill-photos",
+        also=(("compodistill-photos", "kd-photos"),),
     ),
 }
 # Names of rows whose arm has another name in its table.

@@ -33,7 +33,9 @@ def draw_rows(path: Path, report: Mapping[str, Any]) -> bool:
         grid = figure.subplots(len(tables), 1, squeeze=False, sharex=True, height_ratios=heights)
         for panel, found in zip(grid[:, 0], tables):
             _panel(panel, found, report["seeds"])
-        grid[-1, 0].set_xlabel("accuracy, mean over seeds with 95% interval; seeds as dots")
+        grid[-1, 0].set_xlabel(
+            "accuracy, mean over seeds with 95% interval, cut at 1; seeds as dots"
+        )
         grid[-1, 0].set_xlim(0.2, 1.02)
         handles = grid[0, 0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False)
@@ -53,9 +55,7 @@ def _panel(panel: Any, found: Mapping[str, Any], seeds: int) -> None:
         colour, shift = RUN_COLOURS[index], 0.14 if index == 0 else -0.14
         drawn = [(y + shift, row[group]) for y, row in zip(places, rows) if row["seeds"]]
         means = [values["mean"] for _, values in drawn]
-        bounds = [
-            (v["low"], v["high"]) if v["sd"] is not None else (v["mean"],) * 2 for _, v in drawn
-        ]
+        bounds = [_interval(values) for _, values in drawn]
         panel.errorbar(
             means,
             [y for y, _ in drawn],
@@ -73,13 +73,23 @@ def _panel(panel: Any, found: Mapping[str, Any], seeds: int) -> None:
             dots = list(row["by_seed"][group].values())
             panel.plot(dots, [y + shift] * len(dots), ".", ms=3, color=colour, alpha=0.4)
         if found["teacher"]:
-            style = {"color": colour, "ls": ":", "lw": 1}
-            panel.axvline(found["teacher"][group]["mean"], **style)
+            panel.axvline(found["teacher"][group]["mean"], color=colour, ls=":", lw=1)
+        if found["chance"]:
+            panel.axvline(found["chance"][group], color=colour, ls="--", lw=0.8, alpha=0.5)
     panel.set_yticks(list(places), [row_label(row, seeds) for row in rows])
     panel.set_ylim(0.4, len(rows) + 0.6)
-    dotted = "; dotted: teacher" if found["teacher"] else ""
-    panel.set_title(f"({found['letter']}) {found['title']}{dotted}", loc="left")
+    lines = "; dotted: teacher" if found["teacher"] else ""
+    lines += "; dashed: chance" if found["chance"] else ""
+    panel.set_title(f"({found['letter']}) {found['title']}{lines}", loc="left")
     panel.grid(axis="x", color="#dddddd")
+
+
+def _interval(values: Mapping[str, Any]) -> tuple[float, float]:
+    """The 95% t interval within 0 and 1, where accuracies and similarities end; of one run, its
+    value."""
+    if values["sd"] is None:
+        return values["mean"], values["mean"]
+    return max(values["low"], 0.0), min(values["high"], 1.0)
 
 
 def row_label(row: Mapping[str, Any], seeds: int) -> str:
@@ -109,6 +119,8 @@ def draw_curves(path: Path, report: Mapping[str, Any]) -> bool:
                 _curve(panel, name, ARMS[arm].label, points, RUN_COLOURS[index])
             if name in GROUPS and found["teacher"]:
                 panel.axhline(found["teacher"][name]["mean"], color=TEACHER_COLOUR, ls=":")
+            if name in GROUPS and found["chance"]:
+                panel.axhline(found["chance"][name], color=TEACHER_COLOUR, ls="--", lw=0.8)
             panel.set(xlabel="optimizer steps", title=label, ylim=(0, 1.03))
             panel.grid(color="#dddddd")
         handles = figure.axes[0].get_legend_handles_labels()[0]
@@ -125,11 +137,6 @@ def _curve(panel: Any, name: str, label: str, points: Any, colour: str) -> None:
     panel.plot(steps, [p[name]["mean"] for p in drawn], "o-", ms=3, color=colour, label=label)
     banded = [p for p in drawn if p[name]["sd"] is not None]
     if banded:
-        panel.fill_between(
-            [p["step"] for p in banded],
-            [p[name]["low"] for p in banded],
-            [p[name]["high"] for p in banded],
-            color=colour,
-            alpha=0.2,
-            lw=0,
-        )
+        lows, highs = zip(*(_interval(p[name]) for p in banded))
+        places = [p["step"] for p in banded]
+        panel.fill_between(places, lows, highs, color=colour, alpha=0.2, lw=0)

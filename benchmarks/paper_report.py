@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.paper_arms import ARMS, EVALUATION, ROW_LABELS, TABLES, TEACHERS, Table
@@ -129,7 +130,15 @@ def _table(name: str, chosen: Table, by_arm: Mapping[str, BySeed], arms: Arms) -
         "reference": _label(name, chosen.reference),
         "teacher": teacher,
         "shows_teacher": bool(chosen.teacher_of),
+        "chance": _chance(record for arm in chosen.arms for record in by_arm[arm].values()),
         "rows": rows,
+        "also": [
+            {
+                "label": f"{_label(name, arm)} against {_label(name, less)}",
+                "against": _against(by_arm[arm], by_arm[less]),
+            }
+            for arm, less in chosen.also
+        ],
     }
     if chosen.curve:
         found["curves"] = {arm: curve(by_arm[arm]) for arm in chosen.arms}
@@ -164,6 +173,21 @@ def _teacher(runs: BySeed) -> dict[str, Any] | None:
     }
 
 
+def _chance(runs: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Accuracy of guessing: mean over the kinds of a group, as the accuracies are."""
+    kinds = next((list(r["student"]["kinds"].values()) for r in runs), None)
+    if kinds is None:
+        return None
+    return {g: statistics.fmean(k["chance"] for k in kinds if k["group"] == g) for g in GROUPS}
+
+
+def _against(runs: BySeed, reference: BySeed) -> dict[str, Any]:
+    return {
+        group: paired(_values(runs, _accuracy(group)), _values(reference, _accuracy(group)))
+        for group in GROUPS
+    }
+
+
 def _row(
     arm: str,
     label: str,
@@ -181,9 +205,7 @@ def _row(
         "seeds": sorted(runs),
         **{group: summary(list(accuracy[group].values())) for group in GROUPS},
         "by_seed": {group: {str(s): v for s, v in accuracy[group].items()} for group in GROUPS},
-        "against": {
-            group: paired(accuracy[group], _values(reference, _accuracy(group))) for group in GROUPS
-        },
+        "against": _against(runs, reference),
         "shuffled": {g: summary([r["shuffled"][g] for r in runs.values()]) for g in GROUPS if runs},
         "kinds": {
             kind: summary([r["student"]["kinds"][kind]["accuracy"] for r in runs.values()])
@@ -192,6 +214,7 @@ def _row(
         "similarity": summary(list(_values(runs, _similarity).values())),
         "steps": sum(first["steps"]) if first else None,
         "cpu_seconds": summary(list(_values(runs, lambda r: r["cpu_seconds"]).values())),
+        "commits": sorted({r["commit"] for r in runs.values() if r["commit"]}),
     }
 
 
@@ -275,11 +298,13 @@ def described(report: Mapping[str, Any]) -> str:
         f"{', '.join(report['commits']) or 'not recorded'}. {TEACHERS} Accuracy: mean ± standard "
         "deviation over seeds of weights and training scenes. Differences: paired by seed, with "
         "the 95% interval of Student's t. All seeds answer the same test scenes "
-        f"(seed {report['evaluation']['evaluate_seed']}, drawn for these tables alone; what was "
-        "chosen was chosen on validation scenes), so the intervals cover the training's chance and "
-        f"not the choice of scenes: for one model that adds up to {error}. Similarity: cosine with "
-        "the teacher's attention, mean of matched layers. CPU s: user + system seconds of a run "
-        "with its evaluation, mean of runs that were never interrupted."
+        f"(seed {report['evaluation']['evaluate_seed']}, drawn for these tables alone), so the "
+        "intervals cover the training's chance and not the choice of scenes: for one model that "
+        f"adds up to {error}, for a difference up to twice that. Rows at chance in CR are not told "
+        "apart by it. Similarity: cosine with the teacher's attention over visual tokens, mean of "
+        "text rows and matched layers, 32 validation samples. CPU s: user + system seconds of a "
+        "run with its evaluation, mean ± standard deviation of runs that were never interrupted; "
+        "other load on the machine moves it."
     )
 
 
@@ -290,9 +315,22 @@ def _table_text(found: Mapping[str, Any], report: Mapping[str, Any]) -> list[str
     columns += ["similarity", *([f"steps to CR {REACHED:g}"] if steps else []), "steps", "CPU s"]
     rows = [_teacher_cells(found["teacher"], len(columns))] if found["shows_teacher"] else []
     rows += [_cells(row, found, report["seeds"]) for row in found["rows"]]
+    if found["chance"]:
+        rows.append(_accuracy_cells("chance", found["chance"], len(columns)))
     caption = f"Differences are against {found['reference']}."
     caption += f" {found['note']}" if found["note"] else ""
-    return [caption + _compute_note(found, report), table(columns, rows)]
+    also = _also(found, report["seeds"])
+    return [caption + _compute_note(found, report), table(columns, rows), *([also] if also else [])]
+
+
+def _also(found: Mapping[str, Any], seeds: int) -> str:
+    """Further differences as a list; those without a pair are left out."""
+    pairs = [pair for pair in found["also"] if pair["against"][GROUPS[0]]["n"]]
+    return _list(
+        f"{pair['label']}: "
+        + ", ".join(f"{group} {difference(pair['against'][group], seeds)}" for group in GROUPS)
+        for pair in pairs
+    )
 
 
 def _compute_note(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -312,8 +350,14 @@ def _compute_note(found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 def _teacher_cells(teacher: Mapping[str, Any] | None, columns: int) -> list[str]:
     if teacher is None:
         return ["teacher", NOT_RUN, *[NOT_SAID] * (columns - 2)]
-    cells = ["teacher (one model)", NOT_SAID]
-    cells += [c for group in GROUPS for c in (f"{teacher[group]['mean']:.3f}", NOT_SAID)]
+    means = {group: teacher[group]["mean"] for group in GROUPS}
+    return _accuracy_cells("teacher (one model)", means, columns)
+
+
+def _accuracy_cells(label: str, means: Mapping[str, float], columns: int) -> list[str]:
+    """A row of accuracies alone."""
+    cells = [label, NOT_SAID]
+    cells += [c for group in GROUPS for c in (f"{means[group]:.3f}", NOT_SAID)]
     return cells + [NOT_SAID] * (columns - len(cells))
 
 
@@ -331,12 +375,8 @@ def _cells(row: Mapping[str, Any], found: Mapping[str, Any], seeds: int) -> list
     if "reached" in found:
         step = found["reached"][row["arm"]]
         cells.append(NOT_SAID if step is None else str(step))
-    steps, cpu = row["steps"], row["cpu_seconds"]["mean"]
-    return [
-        *cells,
-        NOT_SAID if steps is None else str(steps),
-        NOT_SAID if cpu is None else f"{cpu:.0f}",
-    ]
+    steps = row["steps"]
+    return [*cells, NOT_SAID if steps is None else str(steps), mean_sd(row["cpu_seconds"], 0)]
 
 
 def mean_sd(found: Mapping[str, Any], digits: int = 3) -> str:

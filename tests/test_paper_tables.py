@@ -42,6 +42,7 @@ def test_tables_are_made_of_arms():
         assert set(table.arms) <= set(ARMS), name
         assert table.reference in table.arms
         assert not table.teacher_of or table.teacher_of in table.arms
+        assert {arm for pair in table.also for arm in pair} <= set(table.arms), name
     assert set(ARMS) == {arm for table in TABLES.values() for arm in table.arms}
     assert all(arm in TABLES[table].arms for table, arm in ROW_LABELS)
     assert [t.letter for t in TABLES.values()] == ["a", "b", "c", "d", "e", "f", "g1", "g2"]
@@ -206,7 +207,36 @@ def test_rows_have_mean_spread_and_paired_difference(report):
     # Equal differences for all seeds: an interval without width.
     cosine = ["3 of 5", "0.910 ± 0.010", "+0.400 [+0.400, +0.400] (n = 3)", "0.500 ± 0.000"]
     assert found["cosine"][:4] == cosine
-    assert found["cosine"][5:] == ["0.85 ± 0.00", "520", "91"]
+    assert found["cosine"][5:] == ["0.85 ± 0.00", "520", "91 ± 1"]
+
+
+def test_chance_has_a_row_that_is_the_mean_of_its_kinds(records, arms):
+    runs = read(records)
+    for run in runs.values():
+        run["student"]["kinds"]["add_obj"]["chance"] = 0.3
+        run["student"]["kinds"]["colour"]["chance"] = 0.25
+    found = paper_report.build(runs, arms, seeds=5)
+    assert rows(found, "objective")["chance"] == ["-", "0.400", "-", "0.250", *["-"] * 4]
+    assert "chance" not in rows(found, "photos")  # no run, so no questions
+
+
+def test_differences_that_the_reference_hides_stand_below_the_rows(records, arms):
+    runs = read(records)
+    for seed in range(2):
+        runs["key-kl", seed] = record("kl", "key-kl", seed, 0.95 + seed / 100, 0.6)
+    report = paper_report.build(runs, arms, seeds=5)
+    text = paper_report.markdown({**report, "tables": {"c": report["tables"]["objective"]}})
+    assert (
+        "- KL against cosine: CR +0.050 [+0.050, +0.050] (n = 2), "
+        "VQA +0.100 [+0.100, +0.100] (n = 2)\n" in text
+    )
+    assert "MSE, weight 4000 against" not in text  # not run
+
+
+def test_rows_have_their_commits(report):
+    commits = {row["label"]: row["commits"] for row in report["tables"]["objective"]["rows"]}
+    assert commits["cosine"] == ["abc"]
+    assert commits["MSE"] == []
 
 
 def test_missing_cells_are_said_to_be_missing(report):
@@ -249,7 +279,7 @@ def test_caption_says_what_the_intervals_cover(report):
     text = paper_report.described(report)
     # 2 kinds of 100 pairs; 1 kind of 100 questions.
     assert report["evaluation"]["observations"] == {"CR": 200, "VQA": 100}
-    assert "±6.9 points in CR and ±9.6 points in VQA" in text
+    assert "±6.9 points in CR and ±9.6 points in VQA, for a difference up to twice that" in text
     assert "seed 20261123, drawn for these tables alone" in text
     assert "commits abc" in text
     assert "privileged supervision" in text
@@ -269,6 +299,13 @@ def test_a_plot_says_what_is_missing_of_a_row(report):
     assert "MSE: not run" in labels
     labels = [paper_plot.row_label(row, 5) for row in report["tables"]["objective"]["rows"]]
     assert labels[0] == "none: 3 of 5 seeds"
+
+
+def test_plotted_intervals_end_where_accuracies_do():
+    values = {"mean": 0.95, "sd": 0.05, "low": 0.87, "high": 1.03}
+    assert paper_plot._interval(values) == (0.87, 1.0)
+    assert paper_plot._interval({**values, "low": -0.1, "high": 0.5}) == (0.0, 0.5)
+    assert paper_plot._interval({**values, "sd": None, "low": None, "high": None}) == (0.95, 0.95)
 
 
 def test_fewer_seeds_asked_for_take_none_from_the_tables(records, arms, monkeypatch, tmp_path):
@@ -314,13 +351,13 @@ def test_the_readme_has_the_tables_where_it_has_their_marker(records, arms, monk
     results = history.load(tmp_path)[0]
     others = "".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in readme.BLOCKS if m != "paper")
     assert "CompoDistill, paper" not in readme.rendered(others, results)
-    text = readme.rendered(others + "<!-- paper -->\nold\n<!-- /paper -->\n", results)
+    text = readme.rendered(others + "<!-- paper -->\nreplaced\n<!-- /paper -->\n", results)
     assert "| cosine | 3 of 5 | 0.910 ± 0.010 | +0.400 [+0.400, +0.400] (n = 3) |" in text
     assert "(d) Aligned layers.** Differences are against intermediate." in text
     assert "(e) Layer matching: not run yet (`--tables matching`)." in text
     assert "(g2) Scenes of real picture content: not run yet (`--tables photos`)." in text
     assert "[Page with plots](benchmarks/results/paper_tables_cpu_202611.md)" in text
-    assert "old" not in text
+    assert "replaced" not in text
     with pytest.raises(SystemExit, match="<!-- paper -->"):
         readme.rendered(others + "<!-- /paper -->\n", results)
 

@@ -48,6 +48,7 @@ RESULTS = {
                 "data": ["/data/sets/train.json", "more/extra.json"],
                 "student_projector": "linear",
                 "dft.alignment_weight": 2.5,
+                "dpt.learning_rate": 3.0e-4,
                 "push_to_hub": True,
                 "hub_model_id": "me/student",
             },
@@ -114,7 +115,7 @@ def test_card_says_what_the_results_say():
     ]
     assert row(card, "exist")[1:3] == ["601", "0.833"]
     assert row(card, "1") == ["1", "2, 3", "0.312", "0.734"]
-    assert row(card, "dpt")[1:5] == ["11", "48", "0.002", "LM 1 + KL 1"]
+    assert row(card, "dpt")[1:5] == ["11", "48", "0.0003", "LM 1 + KL 1"]
     assert row(card, "sft")[1] == "not recorded"
     assert "alignment 2.5" in card.text
     for text in ("llava-4b", "train.json, extra.json", "29 samples", "321.5 s", "torch 2.13.0"):
