@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper_arms import ARMS
+from benchmarks.paper_arms import ARMS, CURVE_STEPS
 from cdfast.plots import RUN_COLOURS, TEACHER_COLOUR, figure_style
 
 GROUPS = {"CR": "o", "VQA": "s"}
@@ -34,7 +34,7 @@ def draw_rows(path: Path, report: Mapping[str, Any]) -> bool:
         for panel, found in zip(grid[:, 0], tables):
             _panel(panel, found, report["seeds"])
         grid[-1, 0].set_xlabel(
-            "accuracy, mean over seeds with 95% interval, cut at 1; seeds as dots"
+            "accuracy: mean, 95% interval from three seeds on, cut at 1; dots: seeds"
         )
         grid[-1, 0].set_xlim(0.2, 1.02)
         handles = grid[0, 0].get_legend_handles_labels()[0]
@@ -71,7 +71,8 @@ def _panel(panel: Any, found: Mapping[str, Any], seeds: int) -> None:
         )
         for y, row in zip(places, rows):
             dots = list(row["by_seed"][group].values())
-            panel.plot(dots, [y + shift] * len(dots), ".", ms=3, color=colour, alpha=0.4)
+            # Between the groups' bars, which would hide them.
+            panel.plot(dots, [y + shift / 3] * len(dots), ".", ms=4, color=colour, mew=0, zorder=3)
         if found["teacher"]:
             panel.axvline(found["teacher"][group]["mean"], color=colour, ls=":", lw=1)
         if found["chance"]:
@@ -85,9 +86,9 @@ def _panel(panel: Any, found: Mapping[str, Any], seeds: int) -> None:
 
 
 def _interval(values: Mapping[str, Any]) -> tuple[float, float]:
-    """The 95% t interval within 0 and 1, where accuracies and similarities end; of one run, its
-    value."""
-    if values["sd"] is None:
+    """The 95% t interval within 0 and 1, where accuracies and similarities end; of fewer than three
+    runs, which say little about their spread, the mean alone."""
+    if values["n"] < 3:
         return values["mean"], values["mean"]
     return max(values["low"], 0.0), min(values["high"], 1.0)
 
@@ -121,11 +122,13 @@ def draw_curves(path: Path, report: Mapping[str, Any]) -> bool:
                 panel.axhline(found["teacher"][name]["mean"], color=TEACHER_COLOUR, ls=":")
             if name in GROUPS and found["chance"]:
                 panel.axhline(found["chance"][name], color=TEACHER_COLOUR, ls="--", lw=0.8)
+            if not report["quick"]:
+                panel.axvline(sum(CURVE_STEPS[:2]), color="#bbbbbb", lw=1, zorder=0)
             panel.set(xlabel="optimizer steps", title=label, ylim=(0, 1.03))
             panel.grid(color="#dddddd")
         handles = figure.axes[0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-        kind = "validation scenes, during training; band: 95% interval"
+        kind = "validation scenes, during training; band: 95% interval; grey line: first captions"
         figure.suptitle(f"{_title(report)}, ({found['letter']}): {kind}")
         figure.savefig(path, **_SIZE)
     return True

@@ -54,7 +54,8 @@ def read(path: Path) -> Records:
     its end of line, as some editors write it, is a record.
 
     Raises:
-        BrokenRecords: any other line that is no record; it is named.
+        BrokenRecords: any other line that is no record, or a second one of a run with other
+            accuracies; it is named.
     """
     found: Records = {}
     if not path.exists():
@@ -65,7 +66,10 @@ def read(path: Path) -> Records:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            found[record["key"], record["seed"]] = record
+            run = record["key"], record["seed"]
+            if run in found and found[run]["student"] != record["student"]:
+                raise ValueError(f"another record of {record['arm']} seed {record['seed']}")
+            found.setdefault(run, record)
         except (ValueError, KeyError, TypeError) as error:
             raise BrokenRecords(
                 f"{path.name}, line {number}: expected a record of a run as JSON; got "
@@ -135,6 +139,7 @@ def make_record(
             "teacher": _accuracy(models["teacher"]) if "teacher" in models else None,
             "similarity": similarity
             and {when: similarity[when]["matched"] for when in ("before", "after")},
+            "matches": similarity and similarity["matches"],
             "curve": curve(results["stages"]),
             "seconds": cost.seconds,
             "cpu_seconds": cost.cpu_seconds,

@@ -54,7 +54,7 @@ def build(records: Records, arms: Arms, seeds: int, quick: bool = False) -> dict
         "date": newest["date"] if newest else None,
         "environment": newest["environment"] if newest else None,
         "machines": sorted({_machine(record["environment"]) for record in used}),
-        "headline": {} if quick else _headline(by_arm),
+        "headline": {} if quick else _headline(by_arm, seeds),
         "quick": quick,
         "seeds": seeds,
         "evaluation": {**EVALUATION, **_questions(used)},
@@ -239,13 +239,15 @@ def reached(points: Sequence[Mapping[str, Any]]) -> int | None:
     return next((p["step"] for p in points if (p["CR"]["mean"] or 0) >= REACHED), None)
 
 
-def _headline(by_arm: Mapping[str, BySeed]) -> dict[str, Any]:
+def _headline(by_arm: Mapping[str, BySeed], seeds: int) -> dict[str, Any]:
+    """None in place of a number that a seed is missing of."""
     found = {}
     for name, (arm, less) in _HEADLINE.items():
         for group in GROUPS:
             values = _values(by_arm[arm], _accuracy(group))
             got = paired(values, _values(by_arm[less], _accuracy(group))) if less else None
-            mean = (got or summary(list(values.values())))["mean"]
+            shown = got or summary(list(values.values()))
+            mean = shown["mean"] if shown["n"] == seeds else None
             found[f"{name}, {group}"] = headline(mean, "fraction correct", "more")
     return found
 

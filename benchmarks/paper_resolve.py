@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from cdfast.config import (
     override,
     recipe_files,
 )
+from cdfast.miniature.suites import miniature_suite
+from cdfast.miniature.worlds import WORLDS
 from cdfast.models import teacher_source
 from cdfast.stages import Run, stage_dataset
 from cdfast.synthetic import teacher_path
@@ -48,7 +51,7 @@ class Resolved:
         recipe: with everything set but the seed.
         options: behind the arm's recipe they make `recipe`, where the factor is 1. Other steps
             differ by stage, which options cannot say, so such a run needs a recipe file.
-        factor: of the recipe's steps.
+        factor: of the recipe's steps; None: each stage has steps of its own.
         key: of the runs; see `key_of`.
     """
 
@@ -56,7 +59,7 @@ class Resolved:
     arm: Arm
     recipe: Recipe
     options: dict[str, Any]
-    factor: float
+    factor: float | None
     key: str
 
     @property
@@ -78,8 +81,10 @@ def resolve(name: str, quick: bool = False) -> Resolved:
     recipe = _base(arm)
     # Quick runs have few steps whatever the factor: nothing to count.
     factor = 1.0 if quick and arm.compute_of else _factor(arm, recipe)
-    if factor != 1.0:
-        recipe = with_steps(recipe, factor)
+    if isinstance(arm.steps, tuple):
+        recipe = with_steps(recipe, arm.steps)
+    elif factor is not None and factor != 1.0:
+        recipe = with_steps(recipe, [max(1, round(factor * steps)) for steps in _steps(recipe)])
     options: dict[str, Any] = {**EVALUATION, "name": name}
     if quick:
         options |= {**QUICK, "max_steps": QUICK_STEPS}
@@ -107,9 +112,11 @@ def _base(arm: Arm) -> Recipe:
     return recipe
 
 
-def _factor(arm: Arm, recipe: Recipe) -> float:
+def _factor(arm: Arm, recipe: Recipe) -> float | None:
     if isinstance(arm.steps, float):
         return arm.steps
+    if isinstance(arm.steps, tuple):
+        return None
     return _compute(arm.compute_of) / recipe_flops(recipe)
 
 
@@ -122,9 +129,9 @@ def _steps(recipe: Recipe) -> list[int]:
     return [stage.max_steps for stage in recipe.stages]
 
 
-def with_steps(recipe: Recipe, factor: float) -> Recipe:
-    """The recipe with every stage's steps multiplied, at least one each."""
-    stages = [replace(s, max_steps=max(1, round(factor * s.max_steps))) for s in recipe.stages]
+def with_steps(recipe: Recipe, steps: Sequence[int]) -> Recipe:
+    """The recipe with these steps of its stages."""
+    stages = [replace(s, max_steps=n) for s, n in zip(recipe.stages, steps, strict=True)]
     return replace(recipe, stages=stages)
 
 
@@ -132,8 +139,9 @@ def key_of(recipe: Recipe) -> str:
     """12 hexadecimal digits of what a run's numbers depend on besides its seed.
 
     These are the options that are not at their default (so that a new option changes no key), the
-    package's version, the weights that are shipped, and the first scenes of the embedded data. A
-    change of the package's code alone is not seen: records have the commit they were made at.
+    package's version, the weights that are shipped, the first scenes of the embedded data, and all
+    questions that the student answers. A change of other code is not seen: records have the commit
+    they were made at.
     """
     changed = _changed(recipe, type(recipe)())
     content = {name: value for name, value in changed.items() if name not in _NOT_IN_KEY}
@@ -144,6 +152,13 @@ def key_of(recipe: Recipe) -> str:
     sources += [teacher_path(recipe.student)] if recipe.student in EMBEDDED_SCENES else []
     content["weights"] = [_weights_hash(str(source)) for source in sources]
     content["scenes"] = _scenes_hash(recipe)
+    content["questions"] = _questions_hash(
+        recipe.evaluate,
+        recipe.evaluate_split,
+        recipe.evaluate_per_kind,
+        recipe.evaluate_vqa_per_kind,
+        recipe.evaluate_seed,
+    )
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -171,4 +186,15 @@ def _scenes_hash(recipe: Recipe) -> str:
             found.update(repr(sample.messages).encode())
             for image in sample.images:
                 found.update(np.asarray(image).tobytes())
+    return found.hexdigest()
+
+
+@functools.cache
+def _questions_hash(suite: str | None, split: str, pairs: int, vqa: int, seed: int) -> str:
+    """Of every question at the end of a run, with its choices and image."""
+    found = hashlib.sha256()
+    for question in miniature_suite(split, pairs, vqa, seed, WORLDS[suite]) if suite else ():
+        asked = question.kind, question.messages, question.choices, question.answer
+        found.update(repr(asked).encode())
+        found.update(np.asarray(question.image).tobytes())
     return found.hexdigest()

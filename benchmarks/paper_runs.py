@@ -259,7 +259,7 @@ def _ended(
     planned = child.planned
     try:
         if child.process.returncode:
-            raise ValueError(f"exit status {child.process.returncode}")
+            raise RuntimeError(f"exit status {child.process.returncode}")
         results = json.loads((work / planned.slug / "results.json").read_text())
         # wait4 adds up the process and those of its children that it has waited for.
         cpu = usage.ru_utime + usage.ru_stime
@@ -270,16 +270,22 @@ def _ended(
             interrupted=interrupted,
         )
         record = make_record(planned.resolved, planned.seed, results, cost, child.commits)
-    except (OSError, ValueError, KeyError) as error:
+        append(records, record)
+        _put_away(planned, work, keep)
+    except Exception as error:  # whatever is wrong with one run, the others go on
         reason = f"{planned.label}: {error!r}\n{_last_lines(_log(work, planned))}"
         outcome.failed[planned.label] = reason
         show.line(f"failed: {reason}")
         return True
-    append(records, record)
     outcome.made += 1
     averages = record["student"]["averages"]
     found = ", ".join(f"{group} {value:.3f}" for group, value in averages.items())
     show.line(f"{planned.label}: {found}, {cost.seconds:.0f} s, {cpu:.0f} CPU s")
+    return True
+
+
+def _put_away(planned: Planned, work: Path, keep: bool) -> None:
+    """The folder of a recorded run: aside, or removed."""
     _starts(work, planned).unlink(missing_ok=True)
     if keep:
         # Aside: where its record is removed, it is to be made again, not found finished.
@@ -289,7 +295,6 @@ def _ended(
         (work / planned.slug).rename(kept)
     else:
         shutil.rmtree(work / planned.slug)
-    return True
 
 
 def _last_lines(log: Path) -> str:

@@ -100,7 +100,12 @@ def write_report(options: argparse.Namespace, arms: dict[str, Resolved | str]) -
         path.with_suffix(".png"): paper_plot.draw_rows,
         path.with_name(f"{path.stem}_curves.png"): paper_plot.draw_curves,
     }
-    plots = [target.name for target, draw in targets.items() if draw(target, report)]
+    plots = []
+    for target, draw in targets.items():
+        if draw(target, report):
+            plots.append(target.name)
+        else:
+            target.unlink(missing_ok=True)  # of records that are gone
     write_json(path, report)
     path.with_suffix(".md").write_text(paper_report.markdown(report, plots), encoding="utf-8")
     print(f"tables: {shown(path.with_suffix('.md'))}; plots beside: {', '.join(plots)}")

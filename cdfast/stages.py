@@ -38,6 +38,7 @@ from cdfast.config import (
 from cdfast.data import DataError, load_dataset
 from cdfast.engine import full_state_dict, release_engine
 from cdfast.export import write_student
+from cdfast.hidden_projector import load_hidden_projector, save_hidden_projector, split_state
 from cdfast.matching import MATCHINGS, Matches, layers_in_range
 from cdfast.models import check_models, load_config, load_model, teacher_source
 from cdfast.packing import describe_rows
@@ -494,6 +495,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
             data_collator=VisionTextCollator(run.processor.tokenizer.pad_token_id),
             processing_class=run.processor,
         )
+        _take_over(run, number, trainer)
     of = len(run.recipe.stages)
     matches = trainer.aligner.matches if trainer.aligner else None
     run.say(f"stage {number} of {of} ({stage.stage}): " + _describe(student, stage, matches))
@@ -532,6 +534,22 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
         write_json(folder / STAGE_FILE, result)
     run.state.wait_for_everyone()
     return result
+
+
+def _take_over(run: Run, number: int, trainer: Any) -> None:
+    """What earlier stages have left beside the student: its MLP, and the layers that are aligned.
+
+    Without it a later stage would pull the student to a new random MLP, or to other layers.
+    """
+    from cdfast.trainer import unwrap_model
+
+    stages, earlier = run.recipe.stages, range(1, number)
+    trained = [n for n in earlier if stages[n - 1].hidden_weight]
+    if stages[number - 1].hidden_weight and trained:
+        load_hidden_projector(unwrap_model(trainer.model), run.stage_folder(trained[-1]))
+    if trainer.aligner and trainer.aligner.matches is None:
+        files = [run.stage_folder(n) / STAGE_FILE for n in earlier]
+        trainer.aligner.matches = trained_matches([json.loads(f.read_text()) for f in files])
 
 
 def stored_for(run: Run, number: int, student: Any, data: Any) -> tuple[Any, dict[str, Any]]:
@@ -617,13 +635,17 @@ def _describe(student: Any, stage: StageRecipe, matches: Any) -> str:
 
 
 def _export(run: Run, trainer: Any, number: int) -> None:
-    """Write the student after a stage: plain weights, LoRA merged; complete or not there at all."""
+    """Write the student after a stage: plain weights, LoRA merged; complete or not there at all.
+
+    The MLP of the hidden-state loss, no part of the student, goes into the stage's folder.
+    """
     target, recipe = run.student_after(number), run.recipe
     state = full_state_dict(trainer.model)
 
     def write() -> None:
         if state is None or not run.state.is_main_process:
             return
+        save_hidden_projector(split_state(state)[1], run.stage_folder(number))
         with staged_folder(target) as folder:
             write_student(
                 trainer.model,

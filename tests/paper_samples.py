@@ -87,7 +87,10 @@ def results(cr=0.75):
                 "teacher": accuracy(1.0, 1.0),
             },
         },
-        "similarity": {when: {"matched": {"1": 0.7}} for when in ("before", "after")},
+        "similarity": {
+            "matches": {"1": [2]},
+            **{when: {"matched": {"1": 0.7}} for when in ("before", "after")},
+        },
     }
 
 

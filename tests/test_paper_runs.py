@@ -107,6 +107,18 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
         paper_records.read(path)
 
 
+def test_two_records_of_a_run_are_one_where_they_agree_and_an_error_where_not(tmp_path):
+    """Two commands with work folders of their own may make the same run."""
+    path = tmp_path / "runs.jsonl"
+    for seconds in (10.0, 20.0):
+        paper_records.append(path, record("sft", "a", 0, 0.5, cpu_seconds=seconds))
+    [found] = paper_records.read(path).values()
+    assert found["cpu_seconds"] == 10.0
+    paper_records.append(path, record("sft", "a", 0, 0.6))
+    with pytest.raises(paper_records.BrokenRecords, match=r"line 3: .*another record of sft seed 0"):
+        paper_records.read(path)
+
+
 def test_stale_records_are_those_that_no_arm_has_the_key_of():
     records = {(r["key"], 0): r for r in (record("sft", "old", 0, 0.5), record("sft", "new", 0, 1))}
     assert [r["key"] for r in paper_records.stale(records, ["new", "other"])] == ["old"]
@@ -179,6 +191,16 @@ def test_a_run_without_results_is_a_failed_one(tmp_path):
         [planned()], tmp_path / "work", tmp_path / "r.jsonl", jobs=1, command=child("")
     )
     assert "results.json" in outcome.failed["compodistill seed 0"]
+
+
+@pytest.mark.parametrize("results", ["[]", '{"evaluation": 1, "environment": 2}'])
+def test_results_of_another_shape_are_of_a_failed_run_and_the_others_go_on(tmp_path, results):
+    body = f"if 'seed0' in str(folder): (folder / 'results.json').write_text({results!r})\n"
+    runs, path = [planned(seed=seed) for seed in range(2)], tmp_path / "runs.jsonl"
+    command = child(body + "else: finish()")
+    outcome = make_runs(runs, tmp_path / "work", path, jobs=1, command=command)
+    assert [seed for _, seed in paper_records.read(path)] == [1]
+    assert list(outcome.failed) == ["compodistill seed 0"]
 
 
 WAIT = "if not (folder / 'half').exists():\n (folder / 'half').touch(); time.sleep(60)\nfinish()"

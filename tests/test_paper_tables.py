@@ -19,7 +19,7 @@ from benchmarks import (
     paper_tables,
     readme,
 )
-from benchmarks.paper_arms import ARMS, EQUAL_COMPUTE, ROW_LABELS, TABLES, Arm
+from benchmarks.paper_arms import ARMS, CURVE_STEPS, EQUAL_COMPUTE, ROW_LABELS, TABLES, Arm
 from benchmarks.paper_records import append, read
 from benchmarks.paper_resolve import Absent, key_of, resolve
 from cdfast.command_line import parse_command_line
@@ -76,7 +76,7 @@ def test_a_child_is_given_what_the_key_is_of(name, present, tmp_path):
     ]
     assert key_of(replace(recipe, arguments=kept, stages=stages)) == present[name].key
     assert recipe.seed == 3
-    assert (recipe.evaluate_split, recipe.evaluate_seed) == ("test", 20261123)
+    assert (recipe.evaluate_split, recipe.evaluate_seed) == ("test", 20261124)
     assert flags.resume
 
 
@@ -98,6 +98,23 @@ def test_what_changes_a_number_changes_the_key(monkeypatch, tmp_path):
     assert key_of(recipe) != key
 
 
+def test_other_questions_at_the_end_are_another_key(monkeypatch):
+    recipe = load_recipe("miniature")
+    key = key_of(recipe)
+    asked = paper_resolve.miniature_suite
+
+    def reworded(*arguments):
+        first, *others = asked(*arguments)
+        return [replace(first, choices=(*first.choices, "none")), *others]
+
+    paper_resolve._questions_hash.cache_clear()
+    monkeypatch.setattr(paper_resolve, "miniature_suite", reworded)
+    assert key_of(recipe) != key
+    paper_resolve._questions_hash.cache_clear()
+    assert key_of(override(recipe, {"evaluate": "none"})) not in (key, key_of(recipe))
+    paper_resolve._questions_hash.cache_clear()
+
+
 def test_an_option_that_a_later_version_adds_changes_no_key():
     @dataclass
     class Later(Recipe):
@@ -109,9 +126,13 @@ def test_an_option_that_a_later_version_adds_changes_no_key():
     assert key_of(Later(**values, new_option=1)) != key_of(recipe)
 
 
-def test_long_runs_have_every_stage_longer_and_are_measured_on_the_way(present):
+def test_long_runs_have_steps_of_their_own_and_are_measured_on_the_way(present):
     short, long = present["compodistill"].recipe, present["compodistill-long"].recipe
-    assert [s.max_steps for s in long.stages] == [5 * s.max_steps for s in short.stages]
+    assert tuple(s.max_steps for s in long.stages) == CURVE_STEPS
+    assert [s.turns_mix for s in long.stages] == [s.turns_mix for s in short.stages]
+    # The note and the plot say that captions begin with the third stage.
+    assert [sum(s.turns_mix[4:]) > 0 for s in long.stages] == [False, False, True, True]
+    assert present["compodistill-long"].factor is None
     every = long.arguments["eval_steps"]
     assert all(
         stage.max_steps % every == 0 for stage in long.stages
@@ -280,7 +301,7 @@ def test_caption_says_what_the_intervals_cover(report):
     # 2 kinds of 100 pairs; 1 kind of 100 questions.
     assert report["evaluation"]["observations"] == {"CR": 200, "VQA": 100}
     assert "±6.9 points in CR and ±9.6 points in VQA, for a difference up to twice that" in text
-    assert "seed 20261123, drawn for these tables alone" in text
+    assert "seed 20261124, drawn for these tables alone" in text
     assert "commits abc" in text
     assert "privileged supervision" in text
 
@@ -302,10 +323,12 @@ def test_a_plot_says_what_is_missing_of_a_row(report):
 
 
 def test_plotted_intervals_end_where_accuracies_do():
-    values = {"mean": 0.95, "sd": 0.05, "low": 0.87, "high": 1.03}
+    values = {"n": 3, "mean": 0.95, "sd": 0.05, "low": 0.87, "high": 1.03}
     assert paper_plot._interval(values) == (0.87, 1.0)
     assert paper_plot._interval({**values, "low": -0.1, "high": 0.5}) == (0.0, 0.5)
-    assert paper_plot._interval({**values, "sd": None, "low": None, "high": None}) == (0.95, 0.95)
+    assert paper_plot._interval({**values, "n": 2}) == (0.95, 0.95)
+    alone = {"n": 1, "mean": 0.95, "sd": None, "low": None, "high": None}
+    assert paper_plot._interval(alone) == (0.95, 0.95)
 
 
 def test_fewer_seeds_asked_for_take_none_from_the_tables(records, arms, monkeypatch, tmp_path):
@@ -339,6 +362,9 @@ def test_the_report_is_made_of_the_records_alone_and_is_the_same_every_time(
 
 def test_the_result_is_one_of_the_pages_over_the_months(records, arms, monkeypatch, tmp_path):
     command(monkeypatch, tmp_path, arms, "--report")
+    [result] = history.load(tmp_path)[0]
+    assert result.value("CompoDistill, CR") is None  # two seeds are missing
+    command(monkeypatch, tmp_path, arms, "--report", "--seeds", "3")
     [result] = history.load(tmp_path)[0]
     assert result.value("CompoDistill, CR") == pytest.approx(0.91)
     assert result.value("SFT at equal compute, CR") is None
@@ -432,7 +458,7 @@ def test_the_command_trains_and_writes_tables(monkeypatch, tmp_path, names, seed
         (name, seed) for name in names for seed in range(seeds)
     ]
     for run in found.values():
-        assert run["scenes"] == {"suite": "miniature", "split": "test", "seed": 20261123}
+        assert run["scenes"] == {"suite": "miniature", "split": "test", "seed": 20261124}
         assert run["steps"] == [2]
         assert run["environment"]["threads"] == 1
         assert 1 < run["cpu_seconds"] < 200

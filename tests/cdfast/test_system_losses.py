@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from cdfast import distill, losses
+from cdfast.aligner import VisualAttentionAligner
 from cdfast.config import load_recipe, to_dict
 from cdfast.export import write_student
 from cdfast.hidden_projector import FILE, load_hidden_projector
@@ -398,6 +399,41 @@ RECIPES = {
     "miniature-llava-mod": {"loss_lm", "loss_kl"},
     "miniature-official": {"loss_lm", "loss_kl", "loss_alignment"},
 }
+
+
+def test_later_stages_take_over_the_mlp_and_the_matched_layers(tmp_path, monkeypatch, one_thread):
+    chosen = []
+    calibrate = VisualAttentionAligner.calibrate
+    monkeypatch.setattr(
+        VisualAttentionAligner,
+        "calibrate",
+        lambda self, **batch: chosen.append(calibrate(self, **batch)) or chosen[-1],
+    )
+    recipe = to_dict(load_recipe("miniature-llavadi"))
+    for stage in recipe["stages"][1:]:
+        stage |= {"alignment_weight": 1.0, "turns_mix": [0, 1, 1, 0, 0, 0]}
+    for stage in recipe["stages"]:
+        stage |= {"max_steps": 1, "batch_size": 2, "warmup": 0}
+    last = recipe["stages"][-1]
+    last |= {"learning_rate": 0.0, "weight_decay": 0.0}
+    recipe |= {"matching": "adaptive", "layers": "all", "evaluate": None, "workers": 0}
+    recipe |= {"analyze_questions": 0}
+    path = tmp_path / "short.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    main([str(path), "--output-dir", str(tmp_path / "run")])
+    second, third, fourth = (
+        load_file(tmp_path / "run" / "stages" / f"{n}-dft" / FILE) for n in (2, 3, 4)
+    )
+    assert not any(torch.equal(second[name], third[name]) for name in second)
+    assert all(torch.equal(third[name], fourth[name]) for name in third)
+    stages = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]
+    [matches] = chosen
+    assert [stage["matches"] for stage in stages[1:]] == [
+        {str(s): list(t) for s, t in matches.items()}
+    ] * 3
+    assert not (tmp_path / "run" / "stages" / "1-pretrain" / FILE).exists()
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert not any("hidden_projector" in name for name in exported)
 
 
 @pytest.mark.slow
