@@ -13,7 +13,7 @@ from typing import Any
 # Test scenes that no setting was chosen on and no earlier number is of.
 EVALUATION = {"evaluate_split": "test", "evaluate_seed": 20261124}
 # Of the stages of the runs to convergence: captions, which take long, are asked from the third on.
-CURVE_STEPS = (100, 400, 3400, 100)
+CURVE_STEPS = (100, 400, 2400, 100)
 CURVE_QUESTIONS = 30
 EQUAL_COMPUTE = "equal compute"
 _KD = {"taf": False, "alignment_weight": 0}
