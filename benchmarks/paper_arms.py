@@ -1,6 +1,6 @@
 """The tables of the paper in miniature: which runs each has, as recipes and options.
 
-An arm is a recipe, the options that a user would type behind it, and a factor of its steps. Arms
+An arm is a recipe, the options that a user would type behind it, and its steps. Arms
 are named once and may be in several tables: one run serves them all.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 # Test scenes that no setting was chosen on and no earlier number is of.
 EVALUATION = {"evaluate_split": "test", "evaluate_seed": 20261124}
-# Of the stages of the runs to convergence: captions, which take long, are asked from the third on.
+# Of the stages of the long runs: captions, which take long, are asked from the third on.
 CURVE_STEPS = (100, 400, 3400, 100)
 CURVE_QUESTIONS = 30
 EQUAL_COMPUTE = "equal compute"
@@ -125,8 +125,9 @@ TABLES: dict[str, Table] = {
             "official",
         ),
         "sft",
-        "After 520 steps, 300 of them with captions: without alignment CR leaves chance only some "
-        "hundred steps later (table f), so this table does not rank those rows. Steps, optimizer "
+        "520 steps, 300 of them with captions, are where CR begins to leave chance without "
+        "alignment, in some seeds: those rows are not ranked by it, and table f says how it goes "
+        "on. SFT at equal compute has more steps. Steps, optimizer "
         "and learning rates of all rows are CompoDistill's; LLaVA-MoD's preference stage has a "
         "rate of its own. The other systems' losses have their sources' "
         "weights; CompoDistill's alignment has weight 4 here, taken over from first experiments on "
@@ -181,7 +182,8 @@ TABLES: dict[str, Table] = {
         f"The stages have {', '.join(map(str, CURVE_STEPS[:-1]))} and {CURVE_STEPS[-1]} steps; "
         f"captions are asked after the first {sum(CURVE_STEPS[:2])}. The rows are the end, on the "
         "test scenes; the curves, and the first of their steps with a mean CR of 0.9, are of "
-        "validation scenes, during training.",
+        "validation scenes, during training. The rate of the long stage falls to 0, so a curve "
+        "that flattens only at its end need not have converged.",
         curve=True,
         also=(("compodistill-long", "kd-long"), ("kd-long", "sft-long")),
     ),

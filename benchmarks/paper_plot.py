@@ -128,7 +128,7 @@ def draw_curves(path: Path, report: Mapping[str, Any]) -> bool:
             panel.grid(color="#dddddd")
         handles = figure.axes[0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-        kind = "validation scenes, during training; band: 95% interval; grey line: first captions"
+        kind = "validation scenes; band: 95% interval, from three seeds on; grey: first captions"
         figure.suptitle(f"{_title(report)}, ({found['letter']}): {kind}")
         figure.savefig(path, **_SIZE)
     return True
@@ -138,7 +138,7 @@ def _curve(panel: Any, name: str, label: str, points: Any, colour: str) -> None:
     drawn = [p for p in points if p[name]["mean"] is not None]
     steps = [p["step"] for p in drawn]
     panel.plot(steps, [p[name]["mean"] for p in drawn], "o-", ms=3, color=colour, label=label)
-    banded = [p for p in drawn if p[name]["sd"] is not None]
+    banded = [p for p in drawn if p[name]["n"] >= 3]
     if banded:
         lows, highs = zip(*(_interval(p[name]) for p in banded))
         places = [p["step"] for p in banded]

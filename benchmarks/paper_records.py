@@ -67,14 +67,18 @@ def read(path: Path) -> Records:
         try:
             record = json.loads(line)
             run = record["key"], record["seed"]
-            if run in found and found[run]["student"] != record["student"]:
-                raise ValueError(f"another record of {record['arm']} seed {record['seed']}")
-            found.setdefault(run, record)
+            same = found.setdefault(run, record)["student"] == record["student"]
         except (ValueError, KeyError, TypeError) as error:
             raise BrokenRecords(
                 f"{path.name}, line {number}: expected a record of a run as JSON; got "
                 f"{line[:60]!r} ({error!r}). Remove the line: that run is then made again."
             ) from error
+        if not same:
+            raise BrokenRecords(
+                f"{path.name}, line {number}: expected one record of {record['arm']} seed "
+                f"{record['seed']} ({run[0]}); got a second one with other accuracies, as another "
+                "kind of processor makes it. Keep one of the two lines."
+            )
     return found
 
 

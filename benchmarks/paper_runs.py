@@ -111,7 +111,7 @@ def plan(chosen: Sequence[Resolved], seeds: int, records: Records) -> list[Plann
 
 def arguments(planned: Planned, work: Path) -> list[str]:
     """What stands behind `python -m cdfast.train`: the arm's recipe and options, or a recipe file
-    where the steps of its stages are multiplied."""
+    where its stages have other steps."""
     resolved = planned.resolved
     found = [resolved.arm.recipe]
     if resolved.factor == 1.0:
@@ -271,7 +271,6 @@ def _ended(
         )
         record = make_record(planned.resolved, planned.seed, results, cost, child.commits)
         append(records, record)
-        _put_away(planned, work, keep)
     except Exception as error:  # whatever is wrong with one run, the others go on
         reason = f"{planned.label}: {error!r}\n{_last_lines(_log(work, planned))}"
         outcome.failed[planned.label] = reason
@@ -281,12 +280,15 @@ def _ended(
     averages = record["student"]["averages"]
     found = ", ".join(f"{group} {value:.3f}" for group, value in averages.items())
     show.line(f"{planned.label}: {found}, {cost.seconds:.0f} s, {cpu:.0f} CPU s")
+    try:
+        _put_away(planned, work, keep)
+    except OSError as error:
+        show.line(f"recorded, but its folder is left; remove it: {work / planned.slug}: {error}")
     return True
 
 
 def _put_away(planned: Planned, work: Path, keep: bool) -> None:
     """The folder of a recorded run: aside, or removed."""
-    _starts(work, planned).unlink(missing_ok=True)
     if keep:
         # Aside: where its record is removed, it is to be made again, not found finished.
         kept = work / "kept" / planned.slug
@@ -295,6 +297,7 @@ def _put_away(planned: Planned, work: Path, keep: bool) -> None:
         (work / planned.slug).rename(kept)
     else:
         shutil.rmtree(work / planned.slug)
+    _starts(work, planned).unlink(missing_ok=True)
 
 
 def _last_lines(log: Path) -> str:

@@ -92,7 +92,7 @@ def write_report(options: argparse.Namespace, arms: dict[str, Resolved | str]) -
     seeds = max([options.seeds, *(seed + 1 for key, seed in records if key in keys)])
     report = paper_report.build(records, arms, seeds, options.quick)
     if report["date"] is None:
-        print("no run is recorded yet: no tables")
+        print("no run of these arms is recorded: no tables are written, older ones are left")
         return
     date = datetime.date.fromisoformat(report["date"])
     path = options.output / file_name(paper_report.THEME, "cpu", date)

@@ -1,7 +1,7 @@
 """The student-to-teacher MLP of the hidden-state loss: part of the student while it trains.
 
 Being a submodule, it is wrapped, sharded and optimised with the student. Saved students do not have
-it: in checkpoints it is a file of its own, which a resumed run reads.
+it: it is a file of its own, in checkpoints for a resumed run, beside a finished stage for the next.
 
 Source: LLaVADI (arXiv 2407.19409); two layers with GELU of the teacher's width: its authors' code.
 Initial weights and what the MLP is saved as are our choice.
@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from cdfast.storage import write_bytes
 
 NAME = "hidden_projector"
 FILE = f"{NAME}.safetensors"
+RESUME = "Resume with the hidden_weight and the teacher that the run was started with."
 
 
 def add_hidden_projector(student: Any, teacher_width: int, seed: int) -> None:
@@ -72,25 +76,29 @@ def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def save_hidden_projector(state: dict[str, Tensor], folder: Path) -> None:
-    """Write the MLP's entries of `split_state` into a checkpoint, if there are any."""
+    """Write the MLP's entries of `split_state`, if there are any: whole or not at all."""
     if state:
         named = {n.rpartition(f"{NAME}.")[2]: v.contiguous().cpu() for n, v in state.items()}
-        save_file(named, folder / FILE)
+        write_bytes(folder / FILE, save(named))
 
 
-def load_hidden_projector(student: Any, folder: Path) -> None:
+def load_hidden_projector(student: Any, folder: Path, remedy: str = RESUME) -> None:
     """Read it back into the student's MLP, if the student has one.
 
+    Args:
+        folder: a checkpoint, or a finished stage.
+        remedy: last sentence of the error.
+
     Raises:
-        ValueError: the checkpoint has none, or one of other sizes.
+        ValueError: the folder has none, or one of other sizes.
     """
     module = getattr(student, NAME, None)
     if module is None:
         return
     try:
         module.load_state_dict(load_file(folder / FILE))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{folder / FILE}: expected the MLP of the hidden-state loss of this run; got {error}. "
-            "Resume with the hidden_weight and the teacher that the run was started with."
+            f"{remedy}"
         ) from error

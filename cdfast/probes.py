@@ -156,7 +156,7 @@ class Probe:
         if trainer.teacher is None and self.teacher is None:
             return "no teacher is loaded in this stage"
         if trainer.aligner is None and not self.matches:
-            return "matching='adaptive' chooses layers in stages that align attention"
+            return "matching='adaptive' chooses layers in the first stage that aligns attention"
         return None
 
     def describe(self, trainer: Any) -> str:

@@ -75,6 +75,8 @@ class Run:
     teacher: nn.Module | None = None
     # Opened files by (data, roots): checking the records of a large set takes minutes.
     datasets: dict[Any, Any] = field(default_factory=dict)
+    # Layers that the last stage with alignment had: adaptive matching chooses them once in a run.
+    matches: Matches | None = None
 
     @property
     def initial_student(self) -> Path:
@@ -467,7 +469,9 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     stage, folder = run.recipe.stages[number - 1], run.stage_folder(number)
     if (folder / STAGE_FILE).exists():
         run.say(f"stage {number} ({stage.stage}): done already")
-        return json.loads((folder / STAGE_FILE).read_text())
+        done = json.loads((folder / STAGE_FILE).read_text())
+        run.matches = trained_matches([done]) or run.matches
+        return done
     if not any(later.needs_teacher for later in run.recipe.stages[number - 1 :]):
         release_engine(run.teacher)
         run.teacher = None  # no stage needs its memory from here on
@@ -516,6 +520,7 @@ def run_stage(run: Run, number: int, resume: bool) -> dict[str, Any]:
     skipped = getattr(data, "skipped", None)
     if skipped is not None and run.recipe.streaming:  # each rank has records of its own
         skipped = sum(map(Counter, gather_object([dict(skipped)])), Counter())
+    run.matches = (trainer.aligner.matches if trainer.aligner else None) or run.matches
     result = {
         "stage": stage.stage,
         "steps": output.global_step,
@@ -543,13 +548,16 @@ def _take_over(run: Run, number: int, trainer: Any) -> None:
     """
     from cdfast.trainer import unwrap_model
 
-    stages, earlier = run.recipe.stages, range(1, number)
-    trained = [n for n in earlier if stages[n - 1].hidden_weight]
+    stages = run.recipe.stages
+    trained = [n for n in range(1, number) if stages[n - 1].hidden_weight]
     if stages[number - 1].hidden_weight and trained:
-        load_hidden_projector(unwrap_model(trainer.model), run.stage_folder(trained[-1]))
+        load_hidden_projector(
+            unwrap_model(trainer.model),
+            run.stage_folder(trained[-1]),
+            f"Give --overwrite, or remove {STAGE_FILE} there and in later stages to repeat them.",
+        )
     if trainer.aligner and trainer.aligner.matches is None:
-        files = [run.stage_folder(n) / STAGE_FILE for n in earlier]
-        trainer.aligner.matches = trained_matches([json.loads(f.read_text()) for f in files])
+        trainer.aligner.matches = run.matches
 
 
 def stored_for(run: Run, number: int, student: Any, data: Any) -> tuple[Any, dict[str, Any]]:
@@ -594,7 +602,8 @@ def stage_probe(run: Run, number: int, student: Any) -> Probe:
     samples = samples_with_image(held_out(run), recipe.eval_samples)
     matches = None
     if samples and run.teacher is not None and not stage.alignment_weight:
-        matches = matched_layers(recipe, unwrap_model(run.teacher), unwrap_model(student))
+        found = matched_layers(recipe, unwrap_model(run.teacher), unwrap_model(student))
+        matches = found or run.matches
     return Probe(
         questions=probe_questions(recipe),
         samples=samples,

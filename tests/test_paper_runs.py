@@ -115,7 +115,9 @@ def test_two_records_of_a_run_are_one_where_they_agree_and_an_error_where_not(tm
     [found] = paper_records.read(path).values()
     assert found["cpu_seconds"] == 10.0
     paper_records.append(path, record("sft", "a", 0, 0.6))
-    with pytest.raises(paper_records.BrokenRecords, match=r"line 3: .*another record of sft"):
+    with pytest.raises(
+        paper_records.BrokenRecords, match="line 3: expected one record of sft seed 0"
+    ):
         paper_records.read(path)
 
 

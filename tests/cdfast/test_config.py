@@ -340,6 +340,8 @@ def test_miniatures_of_all_systems_have_equal_steps_and_mixes():
     preferring = schedules.pop("-llava-mod")
     assert [steps for steps, *_ in preferring] == [20, 200, 260, 40]
     assert found["-llava-mod"][-1].stage == "preference"
+    photos = [s.max_steps for s in load_recipe("miniature-photos").stages]
+    assert photos == [20, 600, 280, 20]
     want = schedules[""]
     assert all(schedule == want for schedule in schedules.values())
     assert [rest for _, *rest in preferring[:3]] == [rest for _, *rest in want[:3]]

@@ -415,9 +415,10 @@ def test_later_stages_take_over_the_mlp_and_the_matched_layers(tmp_path, monkeyp
     for stage in recipe["stages"]:
         stage |= {"max_steps": 1, "batch_size": 2, "warmup": 0}
     last = recipe["stages"][-1]
-    last |= {"learning_rate": 0.0, "weight_decay": 0.0}
+    last |= {"learning_rate": 0.0, "weight_decay": 0.0, "alignment_weight": 0.0}
+    last["arguments"] |= {"eval_steps": 1}
     recipe |= {"matching": "adaptive", "layers": "all", "evaluate": None, "workers": 0}
-    recipe |= {"analyze_questions": 0}
+    recipe |= {"analyze_questions": 0, "eval_questions": 0, "eval_samples": 2}
     path = tmp_path / "short.yaml"
     path.write_text(yaml.safe_dump(recipe))
     main([str(path), "--output-dir", str(tmp_path / "run")])
@@ -428,9 +429,11 @@ def test_later_stages_take_over_the_mlp_and_the_matched_layers(tmp_path, monkeyp
     assert all(torch.equal(third[name], fourth[name]) for name in third)
     stages = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]
     [matches] = chosen
-    assert [stage["matches"] for stage in stages[1:]] == [
-        {str(s): list(t) for s, t in matches.items()}
-    ] * 3
+    want = {str(s): list(t) for s, t in matches.items()}
+    assert [stage["matches"] for stage in stages] == [None, want, want, None]
+    # What aligns nothing is compared on the layers that were chosen.
+    assert stages[-1]["evaluated"]["matches"] == want
+    assert "eval_similarity/mean" in stages[-1]["evaluations"][-1]
     assert not (tmp_path / "run" / "stages" / "1-pretrain" / FILE).exists()
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert not any("hidden_projector" in name for name in exported)
