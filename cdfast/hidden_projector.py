@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cdfast.storage import write_bytes
+from cdfast.storage import staged_file
 
 NAME = "hidden_projector"
 FILE = f"{NAME}.safetensors"
@@ -79,7 +79,8 @@ def save_hidden_projector(state: dict[str, Tensor], folder: Path) -> None:
     """Write the MLP's entries of `split_state`, if there are any: whole or not at all."""
     if state:
         named = {n.rpartition(f"{NAME}.")[2]: v.contiguous().cpu() for n, v in state.items()}
-        write_bytes(folder / FILE, save(named))
+        with staged_file(folder / FILE) as partial:
+            save_file(named, partial)
 
 
 def load_hidden_projector(student: Any, folder: Path, remedy: str = RESUME) -> None:

@@ -160,16 +160,19 @@ def fsync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there whole or, after a crash, as it was before."""
-    write_bytes(path, text.encode("utf-8"))
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`."""
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes `path` by one rename; one process.
+
+    After a crash `path` is whole, or as it was before.
+    """
     partial = path.with_name(STAGING + path.name)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    yield partial
+    fsync(partial)
     partial.replace(path)
     fsync(path.parent)
 

@@ -40,7 +40,7 @@ from cdfast.config import ConfigError
 from cdfast.distill import TeacherOutput
 from cdfast.images import DataError
 from cdfast.manifest import describe
-from cdfast.storage import STAGING, fsync, write_text
+from cdfast.storage import staged_file, write_text
 from cdfast.stored_targets.pooled_vectors import PooledVectors
 from cdfast.stored_targets.top_k import TopK
 
@@ -89,10 +89,8 @@ def shard_path(folder: Path, data_set: int, number: int) -> Path:
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a shard and then what proves it whole: after a crash it is whole or not there."""
-    partial = path.with_name(STAGING + path.name)
-    save_file(tensors, partial)
-    fsync(partial)
-    partial.replace(path)
+    with staged_file(path) as partial:
+        save_file(tensors, partial)
     samples = len(tensors["source"])
     write_text(path.with_suffix(".json"), json.dumps({"samples": samples, **describe(path)}) + "\n")
 
