@@ -79,12 +79,14 @@ def resolve(name: str, quick: bool = False) -> Resolved:
     """
     arm = ARMS[name]
     recipe = _base(arm)
-    # Quick runs have few steps whatever the factor: nothing to count.
-    factor = 1.0 if quick and arm.compute_of else _factor(arm, recipe)
+    factor = None
     if isinstance(arm.steps, tuple):
         recipe = with_steps(recipe, arm.steps)
-    elif factor is not None and factor != 1.0:
-        recipe = with_steps(recipe, [max(1, round(factor * steps)) for steps in _steps(recipe)])
+    else:
+        # Quick runs have few steps whatever the factor: nothing to count.
+        factor = 1.0 if quick and arm.compute_of else _factor(arm, recipe)
+        if factor != 1.0:
+            recipe = with_steps(recipe, [max(1, round(factor * n)) for n in _steps(recipe)])
     options: dict[str, Any] = {**EVALUATION, "name": name}
     if quick:
         options |= {**QUICK, "max_steps": QUICK_STEPS}
@@ -112,11 +114,9 @@ def _base(arm: Arm) -> Recipe:
     return recipe
 
 
-def _factor(arm: Arm, recipe: Recipe) -> float | None:
+def _factor(arm: Arm, recipe: Recipe) -> float:
     if isinstance(arm.steps, float):
         return arm.steps
-    if isinstance(arm.steps, tuple):
-        return None
     return _compute(arm.compute_of) / recipe_flops(recipe)
 
 
