@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,20 @@ def draw_rows(path: Path, report: Mapping[str, Any]) -> bool:
         grid = figure.subplots(len(tables), 1, squeeze=False, sharex=True, height_ratios=heights)
         for panel, found in zip(grid[:, 0], tables):
             _panel(panel, found, report["seeds"])
-        grid[-1, 0].set_xlabel(
-            "accuracy: mean, 95% interval from three seeds on, cut at 1; dots: seeds"
-        )
+        # Of the whole figure: beside a panel's title it would not fit.
+        figure.supxlabel(_legend(tables), size="medium")
         grid[-1, 0].set_xlim(0.2, 1.02)
         handles = grid[0, 0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False)
         figure.suptitle(_title(report), x=0.02, ha="left")
         figure.savefig(path, **_SIZE)
     return True
+
+
+def _legend(tables: Sequence[Mapping[str, Any]]) -> str:
+    text = "accuracy: mean, 95% interval from three seeds on, cut at 1; dots: seeds"
+    lines = {"teacher": "dotted: teacher", "chance": "dashed: chance"}
+    return "; ".join([text, *(line for key, line in lines.items() if any(t[key] for t in tables))])
 
 
 def _title(report: Mapping[str, Any]) -> str:
@@ -79,9 +84,7 @@ def _panel(panel: Any, found: Mapping[str, Any], seeds: int) -> None:
             panel.axvline(found["chance"][group], color=colour, ls="--", lw=0.8, alpha=0.5)
     panel.set_yticks(list(places), [row_label(row, seeds) for row in rows])
     panel.set_ylim(0.4, len(rows) + 0.6)
-    lines = "; dotted: teacher" if found["teacher"] else ""
-    lines += "; dashed: chance" if found["chance"] else ""
-    panel.set_title(f"({found['letter']}) {found['title']}{lines}", loc="left")
+    panel.set_title(f"({found['letter']}) {found['title']}", loc="left")
     panel.grid(axis="x", color="#dddddd")
 
 
