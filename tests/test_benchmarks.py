@@ -35,7 +35,7 @@ CASE = cases.Case(40, 25, 1, 4, 2, 32, "fp32")
 
 
 def run(*arguments, **environment):
-    # A process of pytest-xdist passes on that it is one, and pytest-benchmark measures nothing there.
+    # pytest-xdist tells its processes so, and pytest-benchmark measures nothing in them.
     inherited = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
