@@ -303,17 +303,28 @@ def test_every_log_entry_has_throughput_and_shares_sum_to_one(tmp_path):
     assert ratio == pytest.approx(tokens / 32)
 
 
+class Clock(TrainerCallback):
+    """Stands still but for what it is told: pauses between steps take 100 seconds."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def on_save(self, *args, **kwargs):
+        self.now += 100
+
+    on_evaluate = on_log = on_save
+
+
 @pytest.mark.parametrize("part", ["data", "teacher", "student", "optimizer"])
 def test_a_slow_part_is_seen_as_that_part(part, tmp_path, monkeypatch):
-    late = [0.0]
-    clock = time.perf_counter
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock() + late[0])
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
 
     def slow(function):
-        """100 seconds by this clock, which no busy machine takes for another part."""
-
         def run(*args, **kwargs):
-            late[0] += 100
+            clock.now += 1
             return function(*args, **kwargs)
 
         return run
@@ -331,20 +342,6 @@ def test_a_slow_part_is_seen_as_that_part(part, tmp_path, monkeypatch):
     summary = trainer.throughput.summary(trainer.accelerator.gather)
     shares = {phase: summary[f"time_{phase}"] for phase in PHASES}
     assert max(shares, key=shares.get) == part, shares
-
-
-class Clock(TrainerCallback):
-    """Stands still but for what it is told: pauses between steps take 100 seconds."""
-
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    def on_save(self, *args, **kwargs):
-        self.now += 100
-
-    on_evaluate = on_log = on_save
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
