@@ -14,6 +14,8 @@ from typing import Any
 EVALUATION = {"evaluate_split": "test", "evaluate_seed": 20261124}
 # Of the stages of the long runs: captions, which take long, are asked from the third on.
 CURVE_STEPS = (100, 400, 3400, 100)
+# Of SFT once more: after CURVE_STEPS one of its five seeds had only begun to leave chance.
+LONGER_STEPS = (100, 400, 7400, 100)
 CURVE_QUESTIONS = 30
 EQUAL_COMPUTE = "equal compute"
 _KD = {"taf": False, "alignment_weight": 0}
@@ -100,6 +102,9 @@ ARMS: dict[str, Arm] = {
     "simple": Arm("simple", "miniature", {"layers": "all", "matching": "simple"}),
     "adaptive": Arm("adaptive", "miniature", {"layers": "all", "matching": "adaptive"}),
     "sft-long": Arm("SFT", "miniature-sft", steps=CURVE_STEPS, curve=True),
+    "sft-longer": Arm(
+        f"SFT, {sum(LONGER_STEPS):,} steps", "miniature-sft", steps=LONGER_STEPS, curve=True
+    ),
     "kd-long": Arm("KD", "miniature", _KD, CURVE_STEPS, curve=True),
     "compodistill-long": Arm("CompoDistill, paper", "miniature", {}, CURVE_STEPS, curve=True),
     "kd-unprivileged": Arm("KD", "miniature", {**_KD, "teacher": "miniature-unprivileged"}),
@@ -177,7 +182,7 @@ TABLES: dict[str, Table] = {
     "steps": Table(
         "f",
         f"{sum(CURVE_STEPS):,} steps",
-        ("sft-long", "kd-long", "compodistill-long"),
+        ("sft-long", "sft-longer", "kd-long", "compodistill-long"),
         "sft-long",
         f"The stages have {', '.join(map(str, CURVE_STEPS[:-1]))} and {CURVE_STEPS[-1]} steps; "
         f"captions are asked after the first {sum(CURVE_STEPS[:2])}. The rows are the end, on the "
