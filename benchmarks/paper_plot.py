@@ -105,7 +105,9 @@ def row_label(row: Mapping[str, Any], seeds: int) -> str:
 
 
 def draw_curves(path: Path, report: Mapping[str, Any]) -> bool:
-    """Accuracy and similarity over training steps: mean and 95% t interval over seeds as a band.
+    """Accuracy and similarity over training steps: mean over seeds, and each seed as a thin line.
+
+    No band: where one seed leaves chance and another does not, an interval shows neither.
 
     Returns:
         Whether there was anything to draw.
@@ -131,7 +133,7 @@ def draw_curves(path: Path, report: Mapping[str, Any]) -> bool:
             panel.grid(color="#dddddd")
         handles = figure.axes[0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-        kind = "validation scenes; band: 95% interval, from three seeds on; grey: first captions"
+        kind = "validation scenes; thick: mean, thin: each seed; grey: first captions"
         figure.suptitle(f"{_title(report)}, ({found['letter']}): {kind}")
         figure.savefig(path, **_SIZE)
     return True
@@ -141,8 +143,6 @@ def _curve(panel: Any, name: str, label: str, points: Any, colour: str) -> None:
     drawn = [p for p in points if p[name]["mean"] is not None]
     steps = [p["step"] for p in drawn]
     panel.plot(steps, [p[name]["mean"] for p in drawn], "o-", ms=3, color=colour, label=label)
-    banded = [p for p in drawn if p[name]["n"] >= 3]
-    if banded:
-        lows, highs = zip(*(_interval(p[name]) for p in banded))
-        places = [p["step"] for p in banded]
-        panel.fill_between(places, lows, highs, color=colour, alpha=0.2, lw=0)
+    for seed in {seed: None for p in drawn for seed in p[name]["by_seed"]}:
+        own = [(p["step"], p[name]["by_seed"][seed]) for p in drawn if seed in p[name]["by_seed"]]
+        panel.plot(*zip(*own), "-", lw=0.6, color=colour, alpha=0.7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ if TYPE_CHECKING:  # importing it loads models' code, which readme.py has no use
 THEME = "paper_tables"
 COMMAND = "python -m benchmarks.paper_tables"
 GROUPS = ("CR", "VQA")
-# Steps until a curve has this mean CR: what a head start is.
+# Steps until a run has this CR: what a head start is.
 REACHED = 0.9
+NEVER = "never"
 NOT_RUN = "not run"
 NOT_SAID = "-"
 QUICK_NOTE = (
@@ -142,7 +144,7 @@ def _table(name: str, chosen: Table, by_arm: Mapping[str, BySeed], arms: Arms) -
     }
     if chosen.curve:
         found["curves"] = {arm: curve(by_arm[arm]) for arm in chosen.arms}
-        found["reached"] = {arm: reached(found["curves"][arm]) for arm in chosen.arms}
+        found["reached"] = {arm: reached(by_arm[arm]) for arm in chosen.arms}
     return found
 
 
@@ -219,24 +221,37 @@ def _row(
 
 
 def curve(runs: BySeed) -> list[dict[str, Any]]:
-    """Mean, spread and interval over seeds at every step that was measured."""
+    """Mean, spread, interval and each seed's value at every step that was measured."""
     steps = sorted({point["step"] for record in runs.values() for point in record["curve"]})
     at = {s: {p["step"]: p for p in r["curve"]} for s, r in runs.items()}
+
+    def of(name: str, step: int) -> dict[str, Any]:
+        values = {s: p[step][name] for s, p in at.items() if name in p.get(step, {})}
+        by_seed = {str(s): value for s, value in values.items()}
+        return {**summary(list(values.values())), "by_seed": by_seed}
+
     return [
-        {
-            "step": step,
-            **{
-                name: summary([p[step][name] for p in at.values() if name in p.get(step, {})])
-                for name in (*GROUPS, "similarity")
-            },
-        }
+        {"step": step, **{name: of(name, step) for name in (*GROUPS, "similarity")}}
         for step in steps
     ]
 
 
-def reached(points: Sequence[Mapping[str, Any]]) -> int | None:
-    """The first measured step with a mean CR of REACHED."""
-    return next((p["step"] for p in points if (p["CR"]["mean"] or 0) >= REACHED), None)
+def reached(runs: BySeed) -> dict[str, int | None]:
+    """Seed -> the first measured step with a CR of REACHED; None: not in this run."""
+    return {
+        str(seed): next((p["step"] for p in r["curve"] if p["CR"] >= REACHED), None)
+        for seed, r in runs.items()
+    }
+
+
+def reached_cell(steps: Mapping[str, int | None]) -> str:
+    """ "2600 [2300, never]": median, first and last seed; a seed that never got there is last."""
+    if not steps:
+        return NOT_SAID
+    ordered = sorted(math.inf if step is None else step for step in steps.values())
+    shown = [NEVER if step == math.inf else str(step) for step in ordered]
+    # The higher of two in the middle: a step that was measured, and never between.
+    return f"{shown[len(shown) // 2]} [{shown[0]}, {shown[-1]}]"
 
 
 def _headline(by_arm: Mapping[str, BySeed], seeds: int) -> dict[str, Any]:
@@ -375,8 +390,7 @@ def _cells(row: Mapping[str, Any], found: Mapping[str, Any], seeds: int) -> list
         cells += [mean_sd(row[group]), difference(against[group], seeds) if against else NOT_SAID]
     cells.append(mean_sd(row["similarity"], 2))
     if "reached" in found:
-        step = found["reached"][row["arm"]]
-        cells.append(NOT_SAID if step is None else str(step))
+        cells.append(reached_cell(found["reached"][row["arm"]]))
     steps = row["steps"]
     return [*cells, NOT_SAID if steps is None else str(steps), mean_sd(row["cpu_seconds"], 0)]
 

@@ -288,11 +288,27 @@ def test_similarity_to_another_teacher_is_not_shown(records, arms):
 
 def test_a_head_start_is_told_from_a_better_end(report):
     found = rows(report, "steps")
-    assert found["SFT"][6] == "20"
-    assert found["KD"][6] == "-"  # never as good, however long
+    assert found["SFT"][6] == "20 [20, 20]"
+    assert found["KD"][6] == "never [never, never]"
+    assert found["CompoDistill, paper"][6] == "-"  # not run
     [_, end] = report["tables"]["steps"]["curves"]["sft-long"]
     assert end["CR"]["mean"] == pytest.approx(0.955)
+    assert end["CR"]["by_seed"] == {"0": 0.95, "1": 0.96}
     assert end["VQA"]["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "cell"),
+    [
+        ({}, "-"),
+        ({"0": 700}, "700 [700, 700]"),
+        ({"0": 2600, "1": None, "2": 2300, "3": 3500, "4": 2400}, "2600 [2300, never]"),
+        ({"0": None, "1": 700, "2": None}, "never [700, never]"),
+        ({"0": 900, "1": 700}, "900 [700, 900]"),
+    ],
+)
+def test_a_seed_that_never_gets_there_is_the_last_to_get_there(steps, cell):
+    assert paper_report.reached_cell(steps) == cell
 
 
 def test_caption_says_what_the_intervals_cover(report):
