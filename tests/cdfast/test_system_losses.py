@@ -401,7 +401,10 @@ RECIPES = {
 }
 
 
-def test_later_stages_take_over_the_mlp_and_the_matched_layers(tmp_path, monkeypatch, one_thread):
+@pytest.mark.parametrize("lora", [False, True])
+def test_later_stages_take_over_the_mlp_and_the_matched_layers(
+    tmp_path, monkeypatch, one_thread, lora
+):
     chosen = []
     calibrate = VisualAttentionAligner.calibrate
     monkeypatch.setattr(
@@ -411,7 +414,7 @@ def test_later_stages_take_over_the_mlp_and_the_matched_layers(tmp_path, monkeyp
     )
     recipe = to_dict(load_recipe("miniature-llavadi"))
     for stage in recipe["stages"][1:]:
-        stage |= {"alignment_weight": 1.0, "turns_mix": [0, 1, 1, 0, 0, 0]}
+        stage |= {"alignment_weight": 1.0, "turns_mix": [0, 1, 1, 0, 0, 0], "lora": lora}
     for stage in recipe["stages"]:
         stage |= {"max_steps": 1, "batch_size": 2, "warmup": 0}
     last = recipe["stages"][-1]
