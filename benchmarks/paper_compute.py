@@ -16,7 +16,8 @@ from cdfast.dry_run import meta_model, model_configs
 from cdfast.flops import COUNTS, patch_size, step_counts, step_flops
 from cdfast.losses import answer_rows, unshifted_rows
 from cdfast.models import load_processor
-from cdfast.stages import Run, stage_dataset
+from cdfast.stages.data import stage_dataset
+from cdfast.stages.run import Run
 from cdfast.terms import TERMS
 
 # Batches whose mean stands for all of a stage: tokens per scene vary by a few percent.

@@ -29,7 +29,8 @@ from cdfast.config import (
 from cdfast.miniature.suites import miniature_suite
 from cdfast.miniature.worlds import WORLDS
 from cdfast.models import teacher_source
-from cdfast.stages import Run, stage_dataset
+from cdfast.stages.data import stage_dataset
+from cdfast.stages.run import Run
 from cdfast.synthetic import teacher_path
 
 QUICK_STEPS = 2

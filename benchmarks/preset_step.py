@@ -80,7 +80,7 @@ class Pair:
         from cdfast.config import load_recipe, override
         from cdfast.dry_run import model_configs
         from cdfast.flops import step_flops
-        from cdfast.stages import with_lora
+        from cdfast.stages.student import with_lora
 
         recipe = load_recipe("compodistill-2b")
         if options.preset == "tiny":

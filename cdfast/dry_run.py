@@ -30,7 +30,9 @@ from cdfast.modeling_cdfast_llava import CdfastLlavaConfig
 from cdfast.models import load_config, load_processor, teacher_source
 from cdfast.packing import check_packable
 from cdfast.progress import is_first_rank
-from cdfast.stages import Run, check_options, stage_dataset, user_errors
+from cdfast.stages.checks import check_options
+from cdfast.stages.data import stage_dataset
+from cdfast.stages.run import Run, user_errors
 from cdfast.stored_targets.files import read_index
 from cdfast.stored_targets.plan import check_storable, open_targets, recipe_aligner
 from cdfast.terms import weighted_terms

@@ -22,7 +22,7 @@ from cdfast.config import TEACHER_PLACEMENTS, ConfigError, Recipe
 from cdfast.data import DataError
 from cdfast.footprint import Footprint
 from cdfast.stage_memory import StageModels, combinations, fits, footprint, stage_models
-from cdfast.stages import user_errors
+from cdfast.stages.run import user_errors
 
 _UNITS = {"": 2**30, "g": 2**30, "m": 2**20, "t": 2**40}
 ASSUMPTIONS = """\

@@ -42,7 +42,7 @@ from cdfast.footprint import (
     tower_features,
 )
 from cdfast.hidden_projector import add_hidden_projector
-from cdfast.stages import with_lora
+from cdfast.stages.student import with_lora
 
 # Of the GPU's memory: what the CUDA context, NCCL and fragmentation leave to tensors.
 USABLE, CONTEXT = 0.95, 1.5 * 2**30

@@ -39,7 +39,10 @@ from cdfast.data import DataError
 from cdfast.distill import LossOptions
 from cdfast.dry_run import meta_model, model_configs
 from cdfast.models import load_model, load_processor, teacher_source
-from cdfast.stages import Run, check_stages, stage_arguments, stage_dataset, user_errors
+from cdfast.stages.arguments import stage_arguments
+from cdfast.stages.checks import check_stages
+from cdfast.stages.data import stage_dataset
+from cdfast.stages.run import Run, user_errors
 from cdfast.storage import CheckpointError, write_text
 from cdfast.stored_targets.files import (
     ALIGNMENT,
@@ -80,7 +83,7 @@ SAMPLES_PER_SHARD = 1024
 
 
 @dataclass(frozen=True)
-class Options:
+class TargetOptions:
     """Of the command itself."""
 
     folder: Path
@@ -91,7 +94,7 @@ class Options:
 
 
 @dataclass
-class DataSet:
+class TargetData:
     """Samples that the teacher sees, for all stages that train on them."""
 
     plan: ShardPlan
@@ -102,7 +105,7 @@ class DataSet:
     measured: Measured
     batch_size: int
 
-    def bytes(self, layers: int, options: Options) -> dict[str, float]:
+    def bytes(self, layers: int, options: TargetOptions) -> dict[str, float]:
         """Bytes on disk by what they are for, see `stored_bytes`."""
         return stored_bytes(
             self.measured.samples,
@@ -117,13 +120,13 @@ class DataSet:
 # -- what there is to do ---------------------------------------------------------------------------
 
 
-def data_sets(run: Run, per_shard: int, token_id: int) -> list[DataSet]:
+def data_sets(run: Run, per_shard: int, token_id: int) -> list[TargetData]:
     """The data of the stages with a teacher, each once, and how many tokens its samples have.
 
     Raises:
         ConfigError: no stage has a teacher, or data of no known length.
     """
-    found: list[DataSet] = []
+    found: list[TargetData] = []
     for number, stage in enumerate(run.recipe.stages, 1):
         if not stage.needs_teacher:
             continue
@@ -134,7 +137,7 @@ def data_sets(run: Run, per_shard: int, token_id: int) -> list[DataSet]:
         if same is None:
             measured = measure_samples(samples, token_id, kl_rows(run.recipe))
             plan = ShardPlan(len(found), len(samples), per_shard)
-            same = DataSet(plan, samples, facts, [], set(), measured, stage.batch_size)
+            same = TargetData(plan, samples, facts, [], set(), measured, stage.batch_size)
             found.append(same)
         same.stages.append(number)
         same.parts |= parts_of(stage)
@@ -146,7 +149,9 @@ def data_sets(run: Run, per_shard: int, token_id: int) -> list[DataSet]:
     return found
 
 
-def print_estimate(run: Run, sets: Sequence[DataSet], layers: int, options: Options) -> float:
+def print_estimate(
+    run: Run, sets: Sequence[TargetData], layers: int, options: TargetOptions
+) -> float:
     """Sizes by data set and part; returns the bytes of all."""
     names = list(sets[0].bytes(layers, options))
     table = Table(
@@ -179,7 +184,10 @@ def print_estimate(run: Run, sets: Sequence[DataSet], layers: int, options: Opti
 
 
 def index_of(
-    run: Run, sets: Sequence[DataSet], aligner: VisualAttentionAligner | None, options: Options
+    run: Run,
+    sets: Sequence[TargetData],
+    aligner: VisualAttentionAligner | None,
+    options: TargetOptions,
 ) -> dict[str, Any]:
     """What index.json is to hold: everything that a run compares before it reads the targets."""
     student = model_configs(run.recipe)[1]
@@ -237,7 +245,11 @@ def check_same_index(index: dict[str, Any], folder: Path) -> None:
 
 
 def make_teacher(
-    run: Run, sets: Sequence[DataSet], vocabulary: int, student: PreTrainedModel, options: Options
+    run: Run,
+    sets: Sequence[TargetData],
+    vocabulary: int,
+    student: PreTrainedModel,
+    options: TargetOptions,
 ) -> TargetMaker:
     """Load the teacher onto this process's device."""
     recipe, arguments = run.recipe, stage_arguments(run, sets[0].stages[0])
@@ -264,7 +276,7 @@ def make_teacher(
 
 
 def make_shard(
-    run: Run, maker: TargetMaker, one: DataSet, shard: int, folder: Path, progress: Any
+    run: Run, maker: TargetMaker, one: TargetData, shard: int, folder: Path, progress: Any
 ) -> None:
     """Run the teacher over the samples of a shard and write it."""
     loader = DataLoader(
@@ -290,7 +302,7 @@ def make_shard(
         ) from error
 
 
-def write_targets(run: Run, options: Options) -> None:
+def write_targets(run: Run, options: TargetOptions) -> None:
     """Estimate, compare with what is there, and make what is missing.
 
     Raises:
@@ -336,7 +348,7 @@ def write_targets(run: Run, options: Options) -> None:
     run.say(f"train with the same options and --teacher-targets {options.folder}")
 
 
-def _is_whole(one: DataSet, shard: int, options: Options) -> bool:
+def _is_whole(one: TargetData, shard: int, options: TargetOptions) -> bool:
     """Whether a finished shard can be kept; says why not."""
     path = shard_path(options.folder, one.plan.data_set, shard)
     if not path.exists():
@@ -360,7 +372,7 @@ def _progress(run: Run, samples: int) -> Iterator[Any]:
 # -- command ---------------------------------------------------------------------------------------
 
 
-def _options(argv: Sequence[str]) -> tuple[Options, list[str]]:
+def _options(argv: Sequence[str]) -> tuple[TargetOptions, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m cdfast.targets",
         usage="%(prog)s [RECIPE|FILE.yaml] --targets-dir DIR [--estimate] [--option value ...]",
@@ -392,7 +404,7 @@ def _options(argv: Sequence[str]) -> tuple[Options, list[str]]:
             f"--targets-dtype: expected {' or '.join(DTYPES)}; got {own.targets_dtype!r}."
         )
     numbers = int(own.top_k), own.targets_dtype, int(own.shard_samples)
-    return Options(Path(own.targets_dir), *numbers, own.estimate), rest
+    return TargetOptions(Path(own.targets_dir), *numbers, own.estimate), rest
 
 
 def _recipe(argv: Sequence[str]) -> Recipe:

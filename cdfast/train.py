@@ -48,22 +48,17 @@ from cdfast.records import printable
 from cdfast.report import print_summary, write_report
 from cdfast.results import measure, run_environment
 from cdfast.sharing.model_card import RESULTS_FILE, write_model_card
-from cdfast.stages import (
-    Run,
-    check_stages,
-    probe_samples,
-    run_stage,
-    trained_matches,
-    trained_scenes,
-    user_errors,
-    write_json,
-)
+from cdfast.stages.checks import check_stages
+from cdfast.stages.data import probe_samples, trained_scenes
+from cdfast.stages.run import Run, user_errors
+from cdfast.stages.training import run_stage, trained_matches
 from cdfast.storage import (
     CheckpointError,
     nearest_existing,
     prepare_run_folder,
     staged_folder,
     together,
+    write_json,
     write_text,
 )
 from cdfast.watch import watch_ranks

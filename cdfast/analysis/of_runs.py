@@ -40,7 +40,7 @@ from cdfast.miniature.suites import miniature_suite
 from cdfast.miniature.worlds import WORLDS
 from cdfast.models import load_model, load_processor, teacher_source
 from cdfast.probes import matched_layers
-from cdfast.stages import trained_matches
+from cdfast.stages.training import trained_matches
 from cdfast.storage import write_text
 
 ANALYSIS_FOLDER = "analysis"

@@ -33,7 +33,7 @@ _AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Options:
+class EncodingOptions:
     """How training would encode a record: the recipe's options of the same names."""
 
     max_length: int | None = None
@@ -78,7 +78,9 @@ class Finding(NamedTuple):
 class _Findings(Dataset):
     """`look_at` for chosen records, as a data set, so that loader workers do the decoding."""
 
-    def __init__(self, samples: Any, indices: Sequence[int], processor: Any, options: Options):
+    def __init__(
+        self, samples: Any, indices: Sequence[int], processor: Any, options: EncodingOptions
+    ):
         self.samples, self.indices = samples, indices
         self.processor, self.options = processor, options
 
@@ -90,13 +92,13 @@ class _Findings(Dataset):
         return look_at(lambda: self.samples.sample(index), self.processor, self.options)
 
 
-def look_at(read: Any, processor: Any, options: Options) -> Finding:
+def look_at(read: Any, processor: Any, options: EncodingOptions) -> Finding:
     """Read, decode and encode one record; a fault becomes part of what is found.
 
     Args:
         read: returns the `Sample`.
         processor: None decodes the images and encodes nothing.
-        options: see `Options`.
+        options: see `EncodingOptions`.
     """
     sample: Sample | None = None
     rows: tuple[Row, ...] = ()
@@ -137,7 +139,7 @@ def _row(labels: list[int], visual: int, max_length: int | None) -> Row:
     )
 
 
-def _pair_rows(processor: Any, sample: Sample, options: Options) -> tuple[Row, ...]:
+def _pair_rows(processor: Any, sample: Sample, options: EncodingOptions) -> tuple[Row, ...]:
     chosen = encode_pair(
         processor,
         sample,
@@ -177,7 +179,7 @@ class DataCheck:
         processor: None where no tokens are counted.
     """
 
-    options: Options
+    options: EncodingOptions
     indices: Sequence[int]
     processor: Any
     checked: int = 0
@@ -347,7 +349,7 @@ def check_masks(samples: Any, check: DataCheck) -> None:
     check.example = {"source": sample.source, "parts": parts}
 
 
-def _encoded(processor: Any, sample: Sample, options: Options) -> dict[str, Any]:
+def _encoded(processor: Any, sample: Sample, options: EncodingOptions) -> dict[str, Any]:
     given: dict[str, Any] = {"turns": options.turns, "max_pixels": options.max_pixels}
     if options.pairs:
         return encode_pair(processor, sample, max_length=options.max_length, **given)

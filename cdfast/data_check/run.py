@@ -22,7 +22,7 @@ from rich.progress import (
 from cdfast.config import ConfigError, Recipe
 from cdfast.data_check.check import (
     DataCheck,
-    Options,
+    EncodingOptions,
     check_masks,
     evenly_spaced,
     findings,
@@ -31,7 +31,9 @@ from cdfast.data_check.report import print_data
 from cdfast.data_check.samples import FileSamples, StreamSamples
 from cdfast.encoding import Sample
 from cdfast.models import load_config, load_processor, teacher_source
-from cdfast.stages import Run, stage_dataset, user_errors, uses_scenes, write_json
+from cdfast.stages.data import stage_dataset, uses_scenes
+from cdfast.stages.run import Run, user_errors
+from cdfast.storage import write_json
 
 # Scenes that are generated cannot be broken: a few show lengths and answers.
 GENERATED = 64
@@ -40,7 +42,7 @@ STREAMED = 2000
 
 
 @dataclass(frozen=True)
-class DataSet:
+class CheckedData:
     """Data that one or several stages train on, or `held out` data.
 
     Args:
@@ -55,7 +57,7 @@ class DataSet:
     used_by: list[str]
     names: list[str]
     roots: list[str]
-    options: Options
+    options: EncodingOptions
     stage: int = 0
     streamed: bool = False
 
@@ -76,9 +78,9 @@ class _Scenes:
         return self.scenes.scenes[index]
 
 
-def data_sets(recipe: Recipe) -> list[DataSet]:
+def data_sets(recipe: Recipe) -> list[CheckedData]:
     """What the stages of a recipe read, each data set once, then held-out files."""
-    found: dict[Any, DataSet] = {}
+    found: dict[Any, CheckedData] = {}
     for number, stage in enumerate(recipe.stages, 1):
         names = stage.data or recipe.data
         roots = stage.image_root or recipe.image_root
@@ -87,25 +89,29 @@ def data_sets(recipe: Recipe) -> list[DataSet]:
             continue
         if uses_scenes(recipe, number):
             # Pairs are single questions; see PreferenceScenes.
-            options = Options(turns="dialogue" if stage.pairs else "independent", pairs=stage.pairs)
-            found[number] = DataSet([used_by], names, [], options, number)
+            options = EncodingOptions(
+                turns="dialogue" if stage.pairs else "independent", pairs=stage.pairs
+            )
+            found[number] = CheckedData([used_by], names, [], options, number)
             continue
         key = (*names, stage.pairs, *roots)
         if key not in found:
             options = _file_options(recipe, stage.pairs)
-            found[key] = DataSet([], names, roots, options, streamed=recipe.streaming)
+            found[key] = CheckedData([], names, roots, options, streamed=recipe.streaming)
         found[key].used_by.append(used_by)
     if recipe.eval_data:
         roots = recipe.eval_image_root or recipe.image_root
         for pairs in sorted({stage.pairs for stage in recipe.stages}):
             options = _file_options(recipe, pairs)
             used_by = "held out, as pairs" if pairs else "held out"
-            found["eval", pairs] = DataSet([used_by], recipe.eval_data, roots, options)
+            found["eval", pairs] = CheckedData([used_by], recipe.eval_data, roots, options)
     return list(found.values())
 
 
-def _file_options(recipe: Recipe, pairs: bool) -> Options:
-    return Options(recipe.max_length, recipe.turns, recipe.on_error, recipe.max_pixels, pairs)
+def _file_options(recipe: Recipe, pairs: bool) -> EncodingOptions:
+    return EncodingOptions(
+        recipe.max_length, recipe.turns, recipe.on_error, recipe.max_pixels, pairs
+    )
 
 
 def check_recipe_data(
@@ -188,7 +194,7 @@ def _models_are_here(recipe: Recipe) -> bool:
 
 
 def check_data_set(
-    recipe: Recipe, data: DataSet, processor: Any, samples: int | None
+    recipe: Recipe, data: CheckedData, processor: Any, samples: int | None
 ) -> dict[str, Any]:
     """Look at the records of one data set; Ctrl-C ends it with what was found until then.
 
@@ -221,12 +227,12 @@ def check_data_set(
     }
 
 
-def _title(data: DataSet) -> str:
+def _title(data: CheckedData) -> str:
     names = [Path(name).name for name in data.names]
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _opened(recipe: Recipe, data: DataSet, processor: Any, samples: int | None) -> Any:
+def _opened(recipe: Recipe, data: CheckedData, processor: Any, samples: int | None) -> Any:
     if not data.stage:
         given = (data.names, data.roots, data.options.pairs)
         with Console(stderr=True).status(f"Reading {_title(data)}"):

@@ -12,7 +12,7 @@ from cdfast.config import Recipe, StageRecipe
 from cdfast.data import load_dataset
 from cdfast.data_check.check import (
     DataCheck,
-    Options,
+    EncodingOptions,
     check_masks,
     evenly_spaced,
     findings,
@@ -44,7 +44,7 @@ def checked(folder, records, processor=PROCESSOR, workers=0, **options):
     """(what is found, why the run would stop)"""
     (folder / "d.json").write_text(json.dumps(records))
     samples = FileSamples([str(folder / "d.json")], [], options.get("pairs", False))
-    check = DataCheck(Options(**options), range(len(samples)), processor)
+    check = DataCheck(EncodingOptions(**options), range(len(samples)), processor)
     for found in findings(samples, check, workers):
         check.add(found)
     check_masks(samples, check)

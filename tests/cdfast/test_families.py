@@ -25,7 +25,7 @@ from cdfast.data import Sample, VisionTextCollator, encode
 from cdfast.distill import LossOptions, StudentTask, TeacherTask, add_task
 from cdfast.lengths import measure
 from cdfast.packing import FAMILIES as PACKED
-from cdfast.stages import with_lora
+from cdfast.stages.student import with_lora
 from cdfast.train import main
 from tests.cdfast import photo_setup
 from tests.cdfast.command import refused

@@ -335,7 +335,8 @@ def test_options_about_the_hub_that_cannot_be_met_are_refused(name):
 
 def test_nothing_of_the_hub_reaches_the_trainer(tmp_path, monkeypatch):
     """Which would upload checkpoints; and a run may be resumed with an upload it had not."""
-    from cdfast.stages import Run, stage_arguments
+    from cdfast.stages.arguments import stage_arguments
+    from cdfast.stages.run import Run
     from cdfast.train import _options
 
     recipe = override(load_recipe("miniature"), OPTIONS)

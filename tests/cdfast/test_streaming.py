@@ -20,7 +20,7 @@ from cdfast.collator import VisionTextCollator
 from cdfast.config import Recipe, StageRecipe
 from cdfast.data import DataError, load_dataset
 from cdfast.shards import expand, references
-from cdfast.stages import with_lora
+from cdfast.stages.student import with_lora
 from cdfast.storage import CheckpointError
 from cdfast.streaming import StreamedDataset, records_of_slots
 from cdfast.train import main

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisio
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from cdfast.config import recipe_files
-from cdfast.stages import write_json
+from cdfast.storage import write_json
 from cdfast.train import main
 from cdfast.trainer import DistillationTrainer
 from tests.cdfast import photo_setup
