@@ -37,6 +37,9 @@ SECONDS_PER_STEP = 0.3
 POLL = 0.2
 # After the limit of --minutes, for runs that take a little longer than expected.
 OVERTIME = 60.0
+# A run is taken to hang after so many times the seconds expected of it, and not before so many:
+# other machines are slower, and share their cores with other work.
+HANGS_AFTER, HANGS_NOT_BEFORE = 10.0, 1800.0
 LAST_LINES = 12
 # Beside the recipe's own options: they change nothing but where a stopped run goes on.
 _CHECKPOINTS = ("--save-strategy", "steps", "--save-steps", "100", "--save-total-limit", "1")
@@ -79,6 +82,11 @@ class _Child:
     process: subprocess.Popen
     began: float
     starts: list[str]  # commits, "" where there was none
+
+    @property
+    def hangs(self) -> bool:
+        allowed = max(HANGS_NOT_BEFORE, HANGS_AFTER * self.planned.seconds)
+        return time.monotonic() - self.began > allowed
 
     @property
     def commits(self) -> str | None:
@@ -171,7 +179,7 @@ def make_runs(
     keep: bool = False,
     command: Callable[[Planned, Path], list[str]] = train_command,
 ) -> Outcome:
-    """Make runs, at most `jobs` at a time, and record each as it ends.
+    """Make runs, at most `jobs` at a time, and record each as it ends; stop those that hang.
 
     Args:
         planned: in order.
@@ -252,11 +260,15 @@ def _ended(
     child: _Child, work: Path, records: Path, keep: bool, outcome: Outcome, show: _Progress
 ) -> bool:
     """Whether a run has ended; if so, it is recorded or named as failed."""
+    planned = child.planned
     pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
+    if pid == 0 and child.hangs:
+        _stop(child.process)
+        _failed(planned, work, outcome, show, _hung(child))
+        return True
     if pid == 0:
         return False
     child.process.returncode = os.waitstatus_to_exitcode(status)
-    planned = child.planned
     try:
         if child.process.returncode:
             raise RuntimeError(f"exit status {child.process.returncode}")
@@ -272,9 +284,7 @@ def _ended(
         record = make_record(planned.resolved, planned.seed, results, cost, child.commits)
         append(records, record)
     except Exception as error:  # whatever is wrong with one run, the others go on
-        reason = f"{planned.label}: {error!r}\n{_last_lines(_log(work, planned))}"
-        outcome.failed[planned.label] = reason
-        show.line(f"failed: {reason}")
+        _failed(planned, work, outcome, show, repr(error))
         return True
     outcome.made += 1
     averages = record["student"]["averages"]
@@ -285,6 +295,20 @@ def _ended(
     except OSError as error:
         show.line(f"recorded, but its folder is left; remove it: {work / planned.slug}: {error}")
     return True
+
+
+def _failed(planned: Planned, work: Path, outcome: Outcome, show: _Progress, why: str) -> None:
+    reason = f"{planned.label}: {why}\n{_last_lines(_log(work, planned))}"
+    outcome.failed[planned.label] = reason
+    show.line(f"failed: {reason}")
+
+
+def _hung(child: _Child) -> str:
+    took, expected = (time.monotonic() - child.began) / 60, child.planned.seconds / 60
+    return (
+        f"stopped after {took:.0f} minutes, because {expected:.0f} were expected; the same command "
+        "goes on from its last checkpoint"
+    )
 
 
 def _put_away(planned: Planned, work: Path, keep: bool) -> None:

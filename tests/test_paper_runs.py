@@ -310,6 +310,26 @@ def test_a_run_that_takes_too_long_is_stopped_and_left(tmp_path, monkeypatch):
         pass
 
 
+def test_a_run_that_hangs_is_stopped_and_named_and_the_others_go_on(tmp_path, monkeypatch):
+    """One that hangs is not one that is slow: what it was expected to take tells them apart."""
+    monkeypatch.setattr(paper_runs, "HANGS_NOT_BEFORE", 0.5)
+    slow, hangs, short = (
+        planned(seed=0, seconds=60.0),
+        planned(seed=1, seconds=0.01),
+        planned(seed=2, seconds=5.0),
+    )
+    code = f"time.sleep(60 if folder.name == {hangs.slug!r} else 2)\nfinish()"
+    path = tmp_path / "runs.jsonl"
+    start = time.monotonic()
+    outcome = make_runs([slow, hangs, short], tmp_path / "work", path, jobs=3, command=child(code))
+    assert time.monotonic() - start < 30
+    assert sorted(seed for _, seed in paper_records.read(path)) == [0, 2]
+    assert list(outcome.failed) == [hangs.label]
+    assert "stopped after" in outcome.failed[hangs.label]
+    assert (tmp_path / "work" / hangs.slug).exists()
+    assert not outcome.left
+
+
 def test_a_second_command_is_refused_also_while_runs_outlive_the_first(tmp_path):
     with locked(tmp_path) as descriptor:
         left = subprocess.Popen(
