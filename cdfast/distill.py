@@ -25,6 +25,7 @@ from cdfast.aligner import AlignmentTargets, VisualAttentionAligner
 from cdfast.attention import AlignmentContext
 from cdfast.engine import gathered
 from cdfast.hidden_projector import hidden_projector
+from cdfast.logits import logit_transforms
 from cdfast.losses import (
     answer_rows,
     gram_matrix,
@@ -42,6 +43,7 @@ from cdfast.stored_targets.top_k import TopK, top_k_kl_sum
 
 # Terms that compare last hidden states, or logits made of them, and the rows they are over.
 _ROWS = {"kl": "answer", "hidden": "answer", "visual_kl": "visual", "relation": "visual"}
+_ON_LOGITS = _ROWS.keys() - {"hidden"}
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class LossOptions:
         kl_objective: "kl", or "soft_ce": soft cross-entropy, the same gradient.
         hidden_objective: "cosine" or "mse".
         unshifted_kl_mask: the authors' rows for "kl".
+        lm: whether LM has a gradient; where it has no weight it is computed for the log alone.
     """
 
     used: frozenset[str] = frozenset()
     kl_objective: str = "kl"
     hidden_objective: str = "cosine"
     unshifted_kl_mask: bool = False
+    lm: bool = True
 
     def rows(self, name: str) -> str:
         """The rows of a term: answer, unshifted or visual."""
@@ -130,7 +134,7 @@ def teacher_step(
     context = aligner.teacher_context(task.layout) if aligner else plain
     hidden = _hidden_states(teacher, inputs, context, task.blank_image)
     kinds = sorted({task.losses.rows(name) for name in task.losses.used})
-    logits = task.losses.used - {"hidden"}
+    logits = task.losses.used & _ON_LOGITS
     log_probs = None
     if task.pairs:
         head = _output_embedding(teacher)
@@ -189,7 +193,10 @@ def _logit_losses(student: PreTrainedModel, hidden: Tensor, task: StudentTask) -
         if task.pairs:
             log_probs = answer_log_probs(hidden, head.weight, task.labels)
             return {"lm": -log_probs[: task.pairs].sum(), "log_probs": log_probs}
-        sums = {"lm": lm_loss_sum(hidden[rows], head.weight, labels)}
+        # DDP waits for a gradient of the output embedding: another loss on logits has one.
+        other = teacher is not None and bool(task.losses.used & _ON_LOGITS)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (task.losses.lm or not other)):
+            sums = {"lm": lm_loss_sum(hidden[rows], head.weight, labels)}
         if teacher and teacher.weight is not None:
             with gathered([teacher.weight]):
                 sums |= _teacher_logit_losses(hidden, head.weight, teacher, teacher.weight, task)
@@ -339,11 +346,19 @@ def _output_embedding(model: PreTrainedModel) -> Any:
     """The module whose weight (V, d) makes logits.
 
     Raises:
-        ValueError: it has a bias, which the chunked losses do not take.
+        ValueError: it has a bias or an adapter, or the model scales or caps its logits: the chunked
+            losses multiply by the weight alone.
     """
     head = model.get_output_embeddings()
+    found = [f"{name} {value}" for name, value in logit_transforms(model.config).items()]
     if getattr(head, "bias", None) is not None:
+        found.append("a bias")
+    if hasattr(head, "base_layer"):
+        found.append("a PEFT adapter, whose part would be left out")
+    if found:
         raise ValueError(
-            f"{model.config.model_type}: expected an output embedding without bias; got one with."
+            f"{model.config.model_type}: expected logits that are hidden states times the output "
+            f"embedding; got {' and '.join(found)}. Use another model, or take the adapter out of "
+            "target_modules."
         )
     return head

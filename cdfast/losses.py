@@ -17,6 +17,9 @@ IGNORE_INDEX = -100
 # Rows of logits, and of the output embedding in float32, that are held at once.
 KL_ROWS = 512
 _GRAM_ROWS = 8192
+# In float16: entries of q - p, which are at most 1, are held in the first unit; their sums over
+# KL_ROWS rows, times hidden states of up to 2,000, in the second.
+_ENTRY_UNIT, _SUM_UNIT = 2.0**-15, 2.0**4
 
 
 def answer_rows(labels: Tensor) -> Tensor:
@@ -52,11 +55,19 @@ def lm_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar, 0 for R = 0 but connected to the graph.
     """
+    if hidden.shape[0] == 0:  # which Liger's division into chunks does not take
+        return _no_rows(hidden, weight)
     if hidden.is_cuda:  # chunked, in Triton: logits of all rows are never held
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels)
+        # Chunks are a few rows each: added in half precision, every addition would round.
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+        return loss(weight, hidden, labels)
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+
+
+def _no_rows(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden.sum() * 0.0 + weight.sum() * 0.0
 
 
 def kl_loss_sum(
@@ -92,7 +103,7 @@ def _chunked(
     cross_entropy: bool,
 ) -> Tensor:
     if student_hidden.shape[0] == 0:
-        return student_hidden.sum() * 0.0 + student_weight.sum() * 0.0
+        return _no_rows(student_hidden, student_weight)
     shared = min(student_weight.shape[0], teacher_weight.shape[0])
     device, dtype = student_hidden.device.type, student_hidden.dtype
     if torch.is_autocast_enabled(device):
@@ -112,7 +123,8 @@ class _ChunkedKL(torch.autograd.Function):
     """Sum of KL(softmax(h_t W_t^T) || softmax(h_s W_s^T)), or of the cross-entropy, in one dtype.
 
     d/d logits_s = softmax(logits_s) - softmax(logits_t), because the teacher's sum to 1. Gradients
-    are kept divided by the number of rows: in float16 their sum could overflow.
+    are kept divided by the number of rows; in float16, whose range holds neither such shares nor
+    sums over thousands of rows, in units of their own, and that of the weight in float32.
     """
 
     @staticmethod
@@ -126,6 +138,10 @@ class _ChunkedKL(torch.autograd.Function):
         with_grad: bool,
     ) -> Tensor:
         of_hidden, of_weight = (needed and with_grad for needed in ctx.needs_input_grad[:2])
+        half = hidden.dtype == torch.float16
+        unit = _ENTRY_UNIT if half else len(hidden)
+        alphas = (_ENTRY_UNIT, _ENTRY_UNIT / _SUM_UNIT) if half else (1, 1)
+        ctx.units = [unit / alpha for alpha in alphas]  # of what is kept for the backward
         d_hidden = torch.empty_like(hidden) if of_hidden else None
         d_weight: Tensor | None = None
         total = torch.zeros((), dtype=_wide(hidden).dtype, device=hidden.device)
@@ -135,24 +151,33 @@ class _ChunkedKL(torch.autograd.Function):
                 tensors = hidden[rows], weight, teacher_hidden[rows], teacher_weight
                 loss, gradient = _loss_of_chunk(*tensors, cross_entropy)
                 total += loss
-                gradient = gradient.div_(len(hidden)).to(hidden.dtype)
+                gradient = gradient.div_(unit).to(hidden.dtype)
                 if d_hidden is not None:
-                    torch.mm(gradient, weight, out=d_hidden[rows])
+                    d_hidden[rows] = _product(gradient, weight, alphas[0])
                 if of_weight:
-                    part = gradient.T @ hidden[rows]
+                    part = _product(gradient.T, hidden[rows], alphas[1])
                     # Chunks are added in float32: in half precision each addition would round.
                     d_weight = part if d_weight is None else _wide(d_weight).add_(part)
                 del gradient  # before the next chunk is made
-        ctx.rows = len(hidden)
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        if d_weight is not None:
+            d_weight = _wide(d_weight) if half else d_weight.to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        scale = d_total * ctx.rows
-        d_hidden, d_weight = (d if d is None else d * scale for d in ctx.saved_tensors)
+        # A scaled loss may have a d_total beyond float16: products with it are made in float32.
+        d_hidden, d_weight = (
+            d if d is None else (_wide(d) if d.dtype == torch.float16 else d) * (d_total * unit)
+            for d, unit in zip(ctx.saved_tensors, ctx.units)
+        )
         return d_hidden, d_weight, None, None, None, None
+
+
+def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha a b, scaled before it is rounded to the dtype."""
+    return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=alpha)
 
 
 def _loss_of_chunk(

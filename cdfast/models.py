@@ -31,6 +31,7 @@ from cdfast.adapters import assemble_student, check_assembly, vision_tower
 from cdfast.attention import refusal
 from cdfast.config import EMBEDDED_SCENES, EMBEDDED_TEACHERS, ConfigError, Recipe
 from cdfast.engine import sharded_loading, unsharded_loading
+from cdfast.logits import logit_transforms
 
 IMAGE_TOKEN = "<image>"
 
@@ -145,6 +146,12 @@ def check_models(recipe: Recipe) -> None:
         reason = refusal(config) if role != "vision_tower" else None
         if reason:
             raise ConfigError(f"{role}: {source!r}: {reason}")
+        if role != "vision_tower" and (changed := logit_transforms(config)):
+            raise ConfigError(
+                f"{role}: {source!r}: expected logits that are hidden states times the output "
+                f"embedding, as the chunked losses have them; got model_type {config.model_type!r} "
+                f"with {changed}. Give --{role} PATH of another model."
+            )
     if "teacher" in configs and "student" in configs:
         try:
             check_assembly(configs["teacher"], configs["student"], recipe.taf)

@@ -172,6 +172,7 @@ class DistillationTrainer(ResumableTrainer):
             kl_objective=args.kl_objective,
             hidden_objective=args.hidden_objective,
             unshifted_kl_mask=args.unshifted_kl_mask,
+            lm=args.lm_weight > 0,
         )
         self._grams: dict[str, Tensor] = {}
         self.probe, self.stored_targets = probe, stored_targets
@@ -495,6 +496,8 @@ class DistillationTrainer(ResumableTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, with losses over the whole set: sums over counts, whatever the batches.
 
+        On several ranks the last batches are filled up with samples from the front, which then
+        count twice, so that all ranks take the same number of steps (accelerate's even batches).
         In an evaluation, not in a prediction, with what the probe measures.
         """
         self._evaluated = torch.zeros(2, len(_MEANS), dtype=torch.float64, device=self.args.device)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from cdfast.analysis.cases import EncodedCases
 from cdfast.analysis.substitution import Substitution
 from cdfast.attention import AttentionCall
+from cdfast.logits import model_logits
 from cdfast.maps import to_model
 from cdfast.matching import Matches
 from cdfast.observe import RowsAndKeys, check_layers, observed, run, take_rows
@@ -101,15 +102,10 @@ def log_probabilities(
     model: PreTrainedModel, hidden: Tensor, rows: Sequence[Tensor]
 ) -> list[Tensor]:
     """Of each sample the log-probabilities (R, vocabulary) that its rows predict, on the host."""
-    head: Any = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    out = []
-    for sample, chosen in enumerate(rows):
-        logits = head(hidden[sample, chosen.to(hidden.device)])
-        logits = logits.float() if logits.dtype != torch.float64 else logits
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        out.append(logits.log_softmax(-1).cpu())
-    return out
+    return [
+        model_logits(model, hidden[sample, chosen.to(hidden.device)]).log_softmax(-1).cpu()
+        for sample, chosen in enumerate(rows)
+    ]
 
 
 def answers(encoded: EncodedCases, log_probs: Sequence[Tensor]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from cdfast.chat import chat_template
+from cdfast.logits import model_logits
 from cdfast.miniature.suites import Question
 
 MAX_NEW_TOKENS = 16
@@ -133,9 +134,7 @@ def _logits(model: Any, batch: dict[str, Any], rows: Tensor, positions: Tensor) 
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None:
         return outputs.logits[rows, positions].float()
-    logits = model.get_output_embeddings()(hidden[rows, positions]).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return model_logits(model, hidden[rows, positions])
 
 
 def _score_batch(

@@ -158,6 +158,27 @@ def test_kl_gradient_does_not_overflow_in_float16():
     assert relative_error(got, want / rows) < 1e-2
 
 
+@pytest.mark.parametrize("sharpness", [0.05, 0.6], ids=["flat", "peaked"])
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**17])
+def test_kl_gradient_in_float16_is_as_exact_as_that_of_the_scaled_loss(sharpness, scale):
+    """Entries of flat distributions over many tokens, and shares of many rows, are below it."""
+    rows, vocab = 2 * CHUNK, 20_000
+    hidden, weight = normal(rows, WIDTH, seed=1), normal(vocab, WIDTH, seed=2, scale=0.05)
+    teacher = [normal(rows, TEACHER_WIDTH, seed=3), normal(vocab, TEACHER_WIDTH, seed=4)]
+    teacher[1] *= sharpness
+    want = reference(lambda h, w: plain_kl(h, w, *teacher) / rows, hidden, weight)[1]
+
+    def errors(loss):
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", torch.float16):
+            value = loss(*leaves, *teacher) / rows
+        grads = torch.autograd.grad(value * scale, leaves)
+        return [relative_error(g / scale, w) for g, w in zip(grads, want)]
+
+    for ours, eager in zip(errors(kl_loss_sum), errors(eager_kl)):
+        assert ours <= BUDGET * eager + TOLERANCE
+
+
 def test_kl_loss_takes_a_teacher_in_bf16():
     """The teacher's numbers are what bf16 holds; nothing after them is rounded to bf16."""
     hidden, weight = student_tensors(50)

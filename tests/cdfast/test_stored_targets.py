@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from cdfast import DistillationConfig, DistillationTrainer, stages, targets
+from cdfast import DistillationConfig, DistillationTrainer, targets
 from cdfast.adapters import vision_tower
 from cdfast.aligner import AlignmentTargets, VisualAttentionAligner
 from cdfast.collator import VisionTextCollator
@@ -30,6 +30,7 @@ from cdfast.distill import (
 )
 from cdfast.losses import answer_rows
 from cdfast.similarity import model_inputs, visual_maps
+from cdfast.stages import training
 from cdfast.stored_targets.files import (
     ALIGNMENT,
     FORMAT,
@@ -463,9 +464,9 @@ def test_a_stage_is_not_resumed_with_targets_made_anew(tmp_path):
         index = {"format": FORMAT, "facts": {"top k": k}}
         (tmp_path / INDEX_FILE).write_text(json.dumps(index))
         if k == 4:
-            stages._keep_targets(run, 1, str(tmp_path))
+            training._keep_targets(run, 1, str(tmp_path))
     with pytest.raises(ConfigError, match="expected those that the stage was begun with"):
-        stages._keep_targets(run, 1, str(tmp_path))
+        training._keep_targets(run, 1, str(tmp_path))
 
 
 def test_preference_stages_are_refused():

@@ -283,6 +283,33 @@ def test_trainer_takes_the_losses_by_their_definitions(tmp_path, unshifted):
     assert loss.item() == pytest.approx(total, rel=TOLERANCE)
 
 
+def test_an_lm_loss_without_weight_is_logged_and_has_no_backward(tmp_path):
+    """LLaVA-MoD's mimic stage; another loss on logits reaches the output embedding."""
+    trainer = make_trainer(tmp_path / "a", lm_weight=0.0, kl_objective="soft_ce")
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    loss, means = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert not means["lm"].requires_grad
+    assert means["lm"] > 0
+    loss.backward()
+    plain = make_trainer(tmp_path / "b", lm_weight=1.0, kl_objective="soft_ce")
+    _, want = plain.compute_loss(plain.model, batch, return_outputs=True)
+    assert torch.equal(means["lm"], want["lm"])
+    (want["kl"] + plain.args.alignment_weight * want["alignment"] + 0.0 * want["lm"]).backward()
+    for (name, got), other in zip(trainer.model.named_parameters(), plain.model.parameters()):
+        assert (got.grad is None) == (other.grad is None), name
+        assert got.grad is None or torch.equal(got.grad, other.grad), name
+
+
+def test_an_lm_loss_without_weight_or_other_loss_on_logits_still_gives_every_gradient(tmp_path):
+    """DDP waits for that of the output embedding."""
+    trainer = make_trainer(tmp_path, lm_weight=0.0, kl_weight=0.0)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.compute_loss(trainer.model, batch).backward()
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert not [name for name, parameter in trained.items() if parameter.grad is None]
+    assert not trained["lm_head.weight"].grad.any()
+
+
 def test_batches_without_images_count_nothing_and_train_all(tmp_path):
     trainer = make_trainer(tmp_path, **ALL)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in (3, 7)])
