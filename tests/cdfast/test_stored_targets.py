@@ -30,6 +30,7 @@ from cdfast.distill import (
 )
 from cdfast.losses import answer_rows
 from cdfast.similarity import model_inputs, visual_maps
+from cdfast.stages import student as stage_student
 from cdfast.stages import training
 from cdfast.stored_targets.files import (
     ALIGNMENT,
@@ -569,13 +570,14 @@ def test_run_without_the_teacher_is_the_run_with_it(command, tmp_path, monkeypat
     arguments, made, folder = command
     if not (folder / "targets").exists():
         targets.main([*arguments, *made])
-    loaded, load_model = [], stages.load_model
+    loaded, load_model = [], training.load_model
 
     def recorded(source, *rest, **options):
         loaded.append(str(source))
         return load_model(source, *rest, **options)
 
-    monkeypatch.setattr(stages, "load_model", recorded)
+    for module in (training, stage_student):
+        monkeypatch.setattr(module, "load_model", recorded)
     train([*arguments, "--workers", "0", "--output-dir", str(tmp_path / "online")])
     teacher = arguments[arguments.index("--teacher") + 1]
     assert teacher in loaded
