@@ -59,7 +59,7 @@ class _Run:
         self._output: Any = None
 
     def __call__(self, pixel_values: Tensor, options: dict[str, Any]) -> Any:
-        # From transformers 5.24 on LLaVA hands the decoder's options on to the tower: each model has
+        # From transformers 5.24 on LLaVA hands decoder options on to the tower: each model has
         # an alignment context of its own, which says nothing of images.
         options = {name: value for name, value in options.items() if name != "alignment"}
         if pixel_values is not self._input or options != self._options:
